@@ -1,0 +1,304 @@
+"""What one run is: frozen dataclasses, and their JSON.
+
+Every field is an option of the command line (``train.num_epochs`` is
+``--train.num-epochs``), a key of ``config.json``, and documented by the string under
+it. Ranges are checked when a config is made, so that a wrong value is refused by
+whoever states it first: the command line, a file, or a caller.
+"""
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+C = TypeVar("C")
+
+
+class UserError(Exception):
+    """Something that the user can mend; its message is the one line that they see."""
+
+
+def _check(ok: bool, name: str, wanted: str, value: object) -> None:
+    if not ok:
+        raise ValueError(f"{name}: must be {wanted}, got {value}")
+
+
+def _check_positive(prefix: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        ok = math.isfinite(value) and value > 0
+        _check(ok, f"{prefix}.{name}", "finite and above 0", value)
+
+
+def _check_not_negative(prefix: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        ok = math.isfinite(value) and value >= 0
+        _check(ok, f"{prefix}.{name}", "finite and at least 0", value)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images."""
+
+    name: str = "mnist"
+    """Data set: mnist, fashion_mnist, kmnist, or digits (8×8, nothing to download)."""
+    dir: Path = Path("data")
+    """Folder in which data sets are prepared, once for all runs."""
+    source: Path | None = None
+    """Folder with the four IDX files (raw or .gz), to prepare from without network."""
+    num_validation: int = 0
+    """Images held out of training: the last ones of the training split."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative("data", self, "num_validation")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network; the pixel count follows the data set."""
+
+    name: str = "autoencoder"
+    """Model: a name in ae_jax.models.MODELS."""
+    hidden: tuple[int, ...] = (128, 64, 12)
+    """Widths of the encoder's hidden layers; the decoder mirrors them."""
+    code_width: int = 3
+    """Units of the code."""
+    code_activation: Literal["relu", "leaky_relu", "none"] = "relu"
+    """Activation of the code. The tutorial's is relu, whose units can die."""
+    init: Literal["torch", "flax"] = "torch"
+    """Initialiser: PyTorch's (kernel and bias uniform in ±1/√fan_in), or Flax's."""
+
+    def __post_init__(self) -> None:
+        widths = " ".join(map(str, self.hidden))
+        ok = all(width > 0 for width in self.hidden)
+        _check(ok, "model.hidden", "widths above 0", widths)
+        _check_positive("model", self, "code_width")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How it is trained."""
+
+    num_epochs: int = 10
+    """Passes over the training split; may be raised later under a constant schedule."""
+    batch_size: int = 64
+    """Images per update; the last batch of an epoch is short, and kept."""
+    loss: str = "mse"
+    """Loss: a name in ae_jax.losses.LOSSES (mse, bce)."""
+    learning_rate: float = 1e-3
+    """Adam's step size, at its highest."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Course of the learning rate: constant, or a cosine down to 0 at the end."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate first rises from 0."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay (AdamW); 0 is plain Adam."""
+    clip_norm: float | None = None
+    """Gradients with a larger global norm are scaled down to this one."""
+    patience: int | None = None
+    """Stop after this many epochs without a better validation loss."""
+    seed: int = 0
+    """Seed of every draw: initial weights, order of the images, noise."""
+    precision: Literal["float32", "float64"] = "float32"
+    """Number format of parameters, optimiser and arithmetic."""
+
+    def __post_init__(self) -> None:
+        _check_positive("train", self, "num_epochs", "batch_size", "learning_rate")
+        _check_not_negative("train", self, "warmup_steps", "weight_decay")
+        _check(0 <= self.seed < 2**32, "train.seed", "in [0, 2^32)", self.seed)
+        for name in ("clip_norm", "patience"):
+            if getattr(self, name) is not None:
+                _check_positive("train", self, name)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is saved while it trains."""
+
+    every_steps: int = 0
+    """Save also every so many updates; 0: at the end of each epoch only."""
+    keep: int = 3
+    """Newest checkpoints to keep, beside the best one and those that figures show."""
+
+    def __post_init__(self) -> None:
+        _check_not_negative("checkpoint", self, "every_steps")
+        _check_positive("checkpoint", self, "keep")
+
+
+@dataclass(frozen=True)
+class FiguresConfig:
+    """What is drawn."""
+
+    epochs: tuple[int, ...] = (1, 5, 10)
+    """Epochs whose reconstructions are shown; the last one always is."""
+
+    def __post_init__(self) -> None:
+        shown = " ".join(map(str, self.epochs))
+        ok = all(epoch > 0 for epoch in self.epochs)
+        _check(ok, "figures.epochs", "epochs above 0", shown)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole. Experiments subclass it to add or narrow fields."""
+
+    run_dir: Path = Path("runs/run")
+    """Run folder: made, resumed, or, if finished, left as it is."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    figures: FiguresConfig = field(default_factory=FiguresConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.patience and not self.data.num_validation:
+            raise ValueError(
+                "train.patience: needs a held-out part; set data.num_validation too"
+            )
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """A config as plain JSON values: paths become strings, tuples lists."""
+    plain: dict[str, Any] = json.loads(
+        json.dumps(dataclasses.asdict(config), default=str)
+    )
+    return plain
+
+
+def from_json(kind: type[C], plain: object, where: str = "config") -> C:
+    """A config from its JSON; an absent field takes its default.
+
+    Args:
+        kind: the dataclass to make.
+        plain: what ``json.load`` gave.
+        where: what to call it in an error, most often the file's name.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type or out of range; the
+            message names the field and the place.
+    """
+    try:
+        made: C = _decode(kind, plain, "")
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; mend the file") from error
+    return made
+
+
+def _decode(kind: Any, plain: Any, name: str) -> Any:
+    """Rebuild a value of type ``kind``; ``name`` is the dotted path for errors."""
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(kind, plain, name)
+    if get_origin(kind) is Literal:
+        choices = ", ".join(map(str, get_args(kind)))
+        _check(plain in get_args(kind), name, f"one of {choices}", repr(plain))
+        return plain
+    if get_origin(kind) in (Union, types.UnionType):  # the only unions are X | None
+        inner = next(arg for arg in get_args(kind) if arg is not type(None))
+        return None if plain is None else _decode(inner, plain, name)
+    if get_origin(kind) is tuple:
+        _check(isinstance(plain, list), name, "a list", repr(plain))
+        return tuple(_decode(get_args(kind)[0], item, name) for item in plain)
+    if kind is float and isinstance(plain, int) and not isinstance(plain, bool):
+        return float(plain)
+    wanted = str if kind is Path else kind
+    _check(type(plain) is wanted, name, f"of type {wanted.__name__}", repr(plain))
+    return kind(plain)
+
+
+def _decode_dataclass(kind: Any, plain: Any, name: str) -> Any:
+    _check(isinstance(plain, dict), name or "config", "an object {…}", repr(plain))
+    prefix = f"{name}." if name else ""
+    hints = get_type_hints(kind)
+    known = {f.name for f in dataclasses.fields(kind)}
+    for key in plain:
+        if key not in known:
+            raise ValueError(f"{prefix}{key}: no such field{suggest(key, known)}")
+    return kind(**{key: _decode(hints[key], plain[key], prefix + key) for key in plain})
+
+
+def suggest(word: str, known: Iterator[str] | set[str] | Mapping[str, Any]) -> str:
+    """The tail of an error about an unknown name: the nearest one, and them all."""
+    import difflib
+
+    names = sorted(known)
+    nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    hint = f" (did you mean {nearest[0]}?)" if nearest else ""
+    return f"{hint}; known are: {', '.join(names)}"
+
+
+def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A config's JSON as one level.
+
+    Example:
+        >>> flatten({"run_dir": "runs/a", "train": {"seed": 0}})
+        {'run_dir': 'runs/a', 'train.seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in plain.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def diff(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ, each with both values."""
+    a, b = flatten(to_json(ours)), flatten(to_json(theirs))
+    return {
+        key: (a.get(key), b.get(key))
+        for key in [*a, *(key for key in b if key not in a)]
+        if a.get(key) != b.get(key)
+    }
+
+
+def _may_change(key: str, run: Config, asked: Config) -> bool:
+    """Whether a run may be resumed with another value of this field."""
+    if key == "train.num_epochs":
+        raised = asked.train.num_epochs >= run.train.num_epochs
+        return raised and run.train.schedule == "constant"
+    return key in ("run_dir", "data.dir", "data.source") or key.startswith(
+        ("checkpoint.", "figures.")
+    )
+
+
+def check_resumable(run: Config, asked: Config) -> None:
+    """Refuse to resume a run with a config that would have made another run.
+
+    Args:
+        run: the config that the run was started with.
+        asked: the config asked for now.
+
+    Raises:
+        UserError: one ``field: the run has A, you asked for B`` for each difference.
+    """
+    clashes = [
+        f"{key}: the run has {a}, you asked for {b}"
+        for key, (a, b) in diff(run, asked).items()
+        if not _may_change(key, run, asked)
+    ]
+    if clashes:
+        raise UserError(
+            f"{asked.run_dir} holds another run: {'; '.join(clashes)}. "
+            "Choose another --run-dir, or delete the run"
+        )
+
+
+def load(path: Path, kind: type[C]) -> C:
+    """Read a config from a file: a bare config object, or a run's config.json.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or holds no such config.
+    """
+    try:
+        plain = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--config: {path} is not JSON: {error}") from error
+    if isinstance(plain, dict) and "format" in plain and "config" in plain:
+        plain = plain["config"]
+    return from_json(kind, plain, str(path))

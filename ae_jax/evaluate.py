@@ -1,0 +1,313 @@
+"""What reconstructions and codes are worth: metrics, diagnosis and baselines.
+
+From arrays to numbers, in NumPy and SciPy alone, so that any framework's output is
+scored by the same code. Images are rows of D = H·W pixels; the arithmetic is float64
+whatever the input. N and M number the images of a split, K the units of a code.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from scipy.ndimage import gaussian_filter
+from scipy.sparse.linalg import eigsh
+
+BLOCK = 256
+"""Images worked on at once, so that temporaries stay in the processor's cache; no more
+than 256, or the sums of ``_second_moment`` are no longer exact."""
+
+WHITE = 255
+"""The largest value of a stored pixel; divided by it, pixels lie in [0, 1]."""
+
+
+def _blocks(num_images: int) -> Iterator[slice]:
+    return (slice(start, start + BLOCK) for start in range(0, num_images, BLOCK))
+
+
+def squared_error(
+    recon: Float[np.ndarray, "N D"], target: Float[np.ndarray, "N D"]
+) -> Float[np.ndarray, "N"]:
+    """Mean squared pixel error of each image.
+
+    Args:
+        recon: reconstructions, in the pixel scale of ``target``.
+        target: pixels in [0, 1].
+
+    Returns:
+        Mean over D (not the sum), in squared pixel units, float64.
+
+    Raises:
+        ValueError: the two shapes differ; broadcasting is never wanted here.
+
+    Source:
+        PyTorch ``nn.MSELoss(reduction="none")`` averaged over axis 1.
+
+    Example:
+        >>> squared_error(np.array([[0.0, 1.0]]), np.array([[0.5, 1.0]])).tolist()
+        [0.125]
+    """
+    _check_same_shape(recon, target)
+    errors = np.empty(len(target))
+    for block in _blocks(len(target)):
+        difference = np.subtract(recon[block], target[block], dtype=np.float64)
+        errors[block] = np.mean(difference**2, axis=1)
+    return errors
+
+
+def psnr(mse: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """Peak signal-to-noise ratio of each image, in dB.
+
+    Args:
+        mse: mean squared error of each image whose pixels lie in [0, 1].
+
+    Returns:
+        −10 log10(mse); at most 100 dB, since an mse below 1e-10 counts as 1e-10 and
+        a perfect image would otherwise make every mean infinite.
+
+    Example:
+        >>> psnr(np.array([0.01, 0.0])).tolist()
+        [20.0, 100.0]
+    """
+    return np.asarray(-10 * np.log10(np.maximum(mse, 1e-10)))
+
+
+def ssim(
+    recon: Float[np.ndarray, "N H W"], target: Float[np.ndarray, "N H W"]
+) -> Float[np.ndarray, "N"]:
+    """Structural similarity of each image to its target.
+
+    Means, variances and the covariance are taken under a Gaussian window of σ 1.5,
+    11 pixels wide or, if a side is shorter, the largest odd number that it holds. The
+    border, where the window would hang over the edge, is left out.
+
+    Args:
+        recon: reconstructions, in the pixel scale of ``target``.
+        target: pixels in [0, 1].
+
+    Returns:
+        Mean over the pixels of each image; 1 where the two are equal; float64.
+
+    Raises:
+        ValueError: the two shapes differ.
+
+    Source:
+        Wang et al., "Image quality assessment: from error visibility to structural
+        similarity", IEEE TIP 13 (2004), equation 13, with their constants. Equals
+        scikit-image's ``structural_similarity(gaussian_weights=True, data_range=1,
+        use_sample_covariance=False)`` where that is defined, on sides of 11 or more.
+
+    Example:
+        >>> image = np.linspace(0, 1, 64).reshape(1, 8, 8)
+        >>> ssim(image, image).tolist()
+        [1.0]
+    """
+    _check_same_shape(recon, target)
+    scores = np.empty(len(target))
+    for block in _blocks(len(target)):
+        scores[block] = _ssim_map(
+            recon[block].astype(np.float64), target[block].astype(np.float64)
+        ).mean(axis=(1, 2))
+    return scores
+
+
+def _ssim_map(
+    x: Float[np.ndarray, "n H W"], y: Float[np.ndarray, "n H W"]
+) -> Float[np.ndarray, "n h w"]:
+    height, width = x.shape[1:]
+    half = (min(11, height, width) - 1) // 2
+    moments = gaussian_filter(
+        np.stack([x, y, x * x, y * y, x * y]), sigma=1.5, radius=half, axes=(2, 3)
+    )
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = moments[
+        :, :, half : height - half, half : width - half
+    ]
+    # Two small constants keep the quotients finite where an image is black or flat.
+    black, flat = 0.01**2, 0.03**2
+    product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
+    covariance, variances = mean_xy - product, mean_xx + mean_yy - squares
+    luminance = (2 * product + black) / (squares + black)
+    scores: Float[np.ndarray, "n h w"] = (
+        luminance * (2 * covariance + flat) / (variances + flat)
+    )
+    return scores
+
+
+def image_metrics(
+    recon: Float[np.ndarray, "N D"],
+    target: Float[np.ndarray, "N D"],
+    shape: tuple[int, int],
+) -> dict[str, float]:
+    """How well a split is reconstructed: means over its images.
+
+    Args:
+        recon: reconstructions, in the pixel scale of ``target``.
+        target: pixels in [0, 1].
+        shape: height and width of an image; D is their product.
+
+    Returns:
+        ``mse``, the mean over all pixels of all images; ``psnr_db``, the mean of the
+        images' own PSNR (not the PSNR of the mean); ``ssim``. The sums are rounded
+        once, so the order of the images does not change a bit of them.
+
+    Raises:
+        ValueError: the two shapes differ, ``shape`` does not fit, or N is 0.
+
+    Example:
+        >>> black, grey = np.zeros((2, 64)), np.full((2, 64), 0.1)
+        >>> metrics = image_metrics(grey, black, (8, 8))
+        >>> {name: round(value, 4) for name, value in metrics.items()}
+        {'mse': 0.01, 'psnr_db': 20.0, 'ssim': 0.0099}
+    """
+    if len(target) == 0:
+        raise ValueError("there are no images to score")
+    errors = squared_error(recon, target)
+    per_image = {
+        "mse": errors,
+        "psnr_db": psnr(errors),
+        "ssim": ssim(recon.reshape(-1, *shape), target.reshape(-1, *shape)),
+    }
+    return {name: math.fsum(values) / len(values) for name, values in per_image.items()}
+
+
+def _check_same_shape(
+    recon: Float[np.ndarray, "..."], target: Float[np.ndarray, "..."]
+) -> None:
+    if recon.shape != target.shape:
+        raise ValueError(
+            f"recon has shape {recon.shape}, target {target.shape}: they must be equal"
+        )
+
+
+def dead_units(codes: Float[np.ndarray, "N K"]) -> Bool[np.ndarray, "K"]:
+    """Which units of the code are dead: zero for every image of the split.
+
+    Example:
+        >>> dead_units(np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 2.0]])).tolist()
+        [True, False, False]
+    """
+    return np.logical_not(codes.any(axis=0))
+
+
+def diagnose(dead_counts: Sequence[int], code_width: int) -> str | None:
+    """One sentence about the dead units of a run, and what to try; None if all live.
+
+    A ReLU whose input is negative for every image has no gradient, so a unit seldom
+    comes back once it is dead. Most die within the first epoch, so it is mainly the
+    initial weights that decide, and another seed that helps.
+
+    Args:
+        dead_counts: dead units at the end of each epoch so far, the first epoch first.
+        code_width: units of the code.
+
+    Example:
+        >>> diagnose([1, 2, 2], code_width=3)  # doctest: +ELLIPSIS
+        '2 of 3 code units have been dead since epoch 2: try another --train.seed, ...'
+        >>> diagnose([1, 0], code_width=3)
+    """
+    dead = dead_counts[-1] if dead_counts else 0
+    if dead == 0:
+        return None
+    fewer = [epoch for epoch, count in enumerate(dead_counts, start=1) if count < dead]
+    since = f"dead since epoch {max(fewer, default=0) + 1}"
+    remedy = "try another --train.seed, or --model.code-activation leaky_relu."
+    if dead < code_width:
+        have = "has" if dead == 1 else "have"
+        return f"{dead} of {code_width} code units {have} been {since}: {remedy}"
+    units = "the only code unit has" if dead == 1 else f"all {dead} code units have"
+    collapse = "the run has collapsed and predicts one image"
+    return f"{units} been {since}: {collapse}; {remedy}"
+
+
+def mean_image_mse(
+    train: UInt8[np.ndarray, "N D"], test: UInt8[np.ndarray, "M D"]
+) -> float:
+    """Error of predicting the training split's mean image for every test image.
+
+    The score of a collapsed run, near enough: a model must beat it to have learnt
+    anything about single images.
+
+    Args:
+        train: stored pixels, 0 to 255.
+        test: stored pixels, 0 to 255.
+
+    Returns:
+        Mean over all pixels of ``test``, in squared pixel units of [0, 1].
+
+    Example:
+        >>> train = np.array([[0, 255], [255, 255]], np.uint8)
+        >>> mean_image_mse(train, np.array([[255, 255]], np.uint8))
+        0.125
+    """
+    mean = train.mean(axis=0, dtype=np.float64)
+    return _residual_mse(test, mean, np.empty((train.shape[1], 0)))
+
+
+def pca_mse(
+    train: UInt8[np.ndarray, "N D"], test: UInt8[np.ndarray, "M D"], num_components: int
+) -> float:
+    """Error on the test split of PCA, the best linear autoencoder of this code width.
+
+    Args:
+        train: stored pixels, 0 to 255; mean and components are fitted on them.
+        test: stored pixels, 0 to 255.
+        num_components: at least 1; from D on the reconstruction is perfect.
+
+    Returns:
+        Mean over all pixels of ``test``, in squared pixel units of [0, 1].
+
+    Raises:
+        ValueError: ``num_components`` is below 1.
+
+    Source:
+        Baldi and Hornik, "Neural networks and principal component analysis: learning
+        from examples without local minima", Neural Networks 2 (1989): a linear
+        autoencoder can do no better on the split that it is fitted on.
+
+    Example:
+        >>> line = np.array([[0, 0], [100, 100], [200, 200]], np.uint8)
+        >>> round(pca_mse(line, line, num_components=1), 12)
+        0.0
+    """
+    if num_components >= train.shape[1]:
+        return 0.0
+    mean = train.mean(axis=0, dtype=np.float64)
+    covariance = _second_moment(train) - np.outer(mean, mean)
+    if not covariance.any():  # all images are the same one; ARPACK refuses zeros
+        return mean_image_mse(train, test)
+    # The seed fixes ARPACK's starting vector, and with it the last bits.
+    _, components = eigsh(covariance, num_components, which="LA", rng=0)
+    return _residual_mse(test, mean, components)
+
+
+def _second_moment(images: UInt8[np.ndarray, "N D"]) -> Float[np.ndarray, "D D"]:
+    """Mean over the images of x xᵀ, exact but for the division.
+
+    A block's sums are integers below 256 · 255² < 2²⁴, which float32 holds exactly:
+    the fast single-precision product loses nothing, in whatever order it adds.
+    """
+    total = np.zeros((images.shape[1], images.shape[1]))
+    for block in _blocks(len(images)):
+        pixels = images[block].astype(np.float32)
+        total += pixels.T @ pixels
+    return total / len(images)
+
+
+def _residual_mse(
+    images: UInt8[np.ndarray, "N D"],
+    mean: Float[np.ndarray, "D"],
+    components: Float[np.ndarray, "D K"],
+) -> float:
+    """Mean squared part of the pixels, in [0, 1], outside ``mean + span(components)``.
+
+    Args:
+        images: stored pixels, 0 to 255.
+        mean: a point of the subspace, in stored pixels.
+        components: orthonormal columns.
+    """
+    total = 0.0
+    for block in _blocks(len(images)):
+        centred = images[block] - mean
+        residual = centred - centred @ components @ components.T
+        total += float(np.sum(residual**2))
+    return total / (images.size * WHITE**2)

@@ -1,0 +1,217 @@
+"""Figures of a run, from arrays: what was learnt, as pictures and as curves.
+
+The only importer of matplotlib. Each function returns a ``Figure`` of its own: there is
+no pyplot, and so no global state, no window system and nothing to close. A user's
+matplotlibrc has no say: the same arrays give the same picture.
+
+Images are [n, H, W], uint8 or floats in [0, 1], and drawn on a grey map from black (0)
+to white (1); what lies outside is clipped. Titles and axis labels are the tutorial's.
+"""
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import matplotlib.style
+import numpy as np
+from jaxtyping import Float, Shaped, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+Images: TypeAlias = UInt8[np.ndarray, "n H W"] | Float[np.ndarray, "n H W"]
+Row: TypeAlias = tuple[str, Shaped[np.ndarray, "_ H W"]]  # of any length
+Curve: TypeAlias = tuple[Sequence[int], Sequence[float]]
+
+DPI = 120
+
+# Figures of images are measured in pixels. The side of an image is a multiple of 28 and
+# of 8, so that all its pixels become squares of one size; the cell around it is wider
+# than the longest title, "Reconstructed image".
+SIDE = 168
+CELL = 200
+TITLE = 30  # height
+TITLE_PT = 10  # size of the type, in points
+
+# The tutorial's style, with finer lines and type, and some air at the figure's edge.
+STYLE = (
+    "default",
+    "fivethirtyeight",
+    {
+        "axes.titlesize": "large",
+        "figure.constrained_layout.h_pad": 0.15,
+        "figure.constrained_layout.w_pad": 0.15,
+        "font.size": 11,
+        "lines.linewidth": 2.5,
+    },
+)
+NUM_COLOURS = 6  # of that style
+
+
+def samples(images: Images) -> Figure:
+    """Training images in the smallest square grid that holds them, at most 5×5.
+
+    Args:
+        images: drawn in their order, row by row; of more than 25, the first 25.
+
+    Raises:
+        ValueError: there are none.
+    """
+    shown = images[:25]
+    num_columns = max(1, math.ceil(math.sqrt(len(shown))))
+    starts = range(0, len(shown), num_columns)
+    return _draw_rows([("", shown[start : start + num_columns]) for start in starts])
+
+
+def reconstructions_by_epoch(recons: Mapping[int, Images], originals: Images) -> Figure:
+    """The same images as they were reconstructed after each epoch, over the originals.
+
+    Args:
+        recons: reconstructions of ``originals`` by epoch; the rows are in its order.
+        originals: the bottom row.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    rows = [(f"Epoch = {epoch}", recons[epoch]) for epoch in sorted(recons)]
+    return _draw_rows([*rows, ("Original Image", originals)])
+
+
+def test_reconstructions(recon: Images, originals: Images) -> Figure:
+    """A row of reconstructions over their originals: the first ten, if there are more.
+
+    Args:
+        recon: reconstructions of ``originals``.
+        originals: the bottom row.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    return _draw_rows(
+        [("Reconstructed image", recon[:10]), ("Original Image", originals[:10])]
+    )
+
+
+# By its name pytest would take it for a test.
+test_reconstructions.__test__ = False  # type: ignore[attr-defined]
+
+
+@matplotlib.style.context("default")
+def _draw_rows(rows: Sequence[Row]) -> Figure:
+    """Rows of images, from the top, each image under its row's title if it has one."""
+    num_columns = max((len(images) for _, images in rows), default=0)
+    if num_columns == 0:
+        raise ValueError("there are no images to draw")
+    # Everything is placed by hand, in whole pixels: sharp, and nothing can overlap.
+    margin = (CELL - SIDE) // 2
+    heights = [(TITLE if title else 0) + CELL for title, _ in rows]
+    width, bottom = num_columns * CELL, sum(heights)
+    figure = Figure(figsize=(width / DPI, bottom / DPI), dpi=DPI)
+    scale = np.array([width, bottom, width, bottom])  # matplotlib wants fractions
+    for (title, images), height in zip(rows, heights, strict=True):
+        bottom -= height
+        for column, image in enumerate(images):
+            box = (column * CELL + margin, bottom + margin, SIDE, SIDE)
+            axes = figure.add_axes(tuple(box / scale))
+            white = 255 if image.dtype == np.uint8 else 1
+            axes.imshow(image, cmap="gray", vmin=0, vmax=white, interpolation="nearest")
+            axes.set_axis_off()
+            axes.set_title(title, fontsize=TITLE_PT)
+    return figure
+
+
+@matplotlib.style.context(STYLE)
+def training_loss(
+    epochs: Sequence[int],
+    losses: Sequence[float],
+    loss_name: str = "MSE",
+    validation: Sequence[float] | None = None,
+) -> Figure:
+    """The loss against epochs.
+
+    Args:
+        epochs: number of each finished epoch, from 1.
+        losses: training loss of each.
+        loss_name: what the loss is; shown as the title.
+        validation: loss of each on the held-out images, if some are.
+    """
+    figure = Figure((8, 5), dpi=DPI, layout="constrained")
+    axes = _loss_axes(figure)
+    axes.set_title(f"{loss_name} per epoch", loc="left")
+    _draw_curve(axes, (epochs, losses), label="training")
+    if validation is not None:
+        _draw_curve(axes, (epochs, validation), label="validation")
+        axes.legend()
+    return figure
+
+
+@matplotlib.style.context(STYLE)
+def loss_curves(curves: Mapping[str, Curve]) -> Figure:
+    """The training losses of several runs over each other.
+
+    Args:
+        curves: for each run, by name, its epochs and their losses. Twelve runs can be
+            told apart; after that, colours and dashes repeat.
+    """
+    labels = [textwrap.fill(name, width=80) for name in curves]
+    num_lines = sum(label.count("\n") + 1 for label in labels)
+    # The curves keep their size, and each line of the legend adds to the height.
+    figure = Figure((8, 5 + 0.25 * num_lines), dpi=DPI, layout="constrained")
+    axes = _loss_axes(figure)
+    lines = [
+        _draw_curve(axes, curve, linestyle=("-", "--")[index // NUM_COLOURS % 2])
+        for index, curve in enumerate(curves.values())
+    ]
+    # Below the axes there is room for long names, and no curve to hide.
+    legend = figure.legend(
+        lines, labels, loc="outside lower left", frameon=False, handlelength=4
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may hold dollar signs
+    return figure
+
+
+def _loss_axes(figure: Figure) -> Axes:
+    axes = figure.add_subplot()
+    axes.set_xlabel("Number of epochs")
+    axes.set_ylabel("Training Loss")
+    axes.xaxis.set_major_locator(
+        MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+    )
+    return axes
+
+
+def _draw_curve(
+    axes: Axes, curve: Curve, label: str | None = None, linestyle: str = "-"
+) -> Line2D:
+    epochs, losses = curve
+    # A marker shows the single point of a first epoch; many of them would blur.
+    marker = "o" if len(epochs) <= 25 else ""
+    (line,) = axes.plot(epochs, losses, linestyle, marker=marker, label=label)
+    return line
+
+
+@matplotlib.style.context("default")
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG; the same figure gives the same bytes.
+
+    Written beside its place and then renamed, so at ``path`` there is never half a
+    file, and after a failure the file that was there before.
+
+    Args:
+        figure: what the functions above return.
+        path: where to; its folder exists.
+
+    Raises:
+        OSError: the folder is missing, full or closed to us.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(beside, format="png", metadata={"Software": None})
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

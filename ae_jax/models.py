@@ -1,0 +1,101 @@
+"""The networks: Linen modules whose fields are their sizes.
+
+A model maps pixels [B, D] to a reconstruction [B, D], by way of ``encode`` and
+``decode``. To add one: write the module and add a line to :data:`MODELS`.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+Initializer = Callable[..., Array]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "leaky_relu": nn.leaky_relu,
+    "none": lambda x: x,
+}
+
+
+def uniform_within(bound: float) -> Initializer:
+    """Initialiser: uniform in [−bound, bound).
+
+    Source:
+        PyTorch ``nn.Linear.reset_parameters``, which uses bound = 1/√fan_in for the
+        kernel **and** the bias. (Its ``kaiming_uniform_(a=√5)`` comes to just that.)
+    """
+
+    def init(key: Key[Array, ""], shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Autoencoder(nn.Module):
+    """Dense autoencoder: ReLU between the layers, a sigmoid at the end.
+
+    With the default sizes and 784 pixels it is the tutorial's network,
+    784-128-64-12-3-12-64-128-784. The code's own activation is ReLU there too, which
+    is its trap: a code unit whose input is negative for every image gets no gradient
+    any more. It is dead, and if all are, the decoder can only learn the mean image.
+
+    Attributes:
+        num_pixels: D, the width of input and output.
+        hidden: widths of the encoder's hidden layers; the decoder mirrors them.
+        code_width: K, the units of the code.
+        code_activation: a name in ``ACTIVATIONS``, applied to the code only.
+        initializer: ``torch`` or ``flax`` (LeCun normal kernels, zero biases).
+        dtype: of parameters and arithmetic.
+    """
+
+    num_pixels: int
+    hidden: tuple[int, ...] = (128, 64, 12)
+    code_width: int = 3
+    code_activation: str = "relu"
+    initializer: str = "torch"
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    def setup(self) -> None:
+        """Name the layers encoder_0, …, decoder_0, …, each a kernel and a bias."""
+        widths = (self.num_pixels, *self.hidden, self.code_width)
+        self.encoder = self._layers(widths)
+        self.decoder = self._layers(widths[::-1])
+
+    def _layers(self, widths: tuple[int, ...]) -> list[nn.Dense]:
+        return [self._dense(*pair) for pair in itertools.pairwise(widths)]
+
+    def _dense(self, fan_in: int, width: int) -> nn.Dense:
+        if self.initializer == "flax":
+            return nn.Dense(width, dtype=self.dtype, param_dtype=self.dtype)
+        init = uniform_within(fan_in**-0.5)
+        return nn.Dense(
+            width,
+            dtype=self.dtype,
+            param_dtype=self.dtype,
+            kernel_init=init,
+            bias_init=init,
+        )
+
+    def encode(self, x: Float[Array, "B D"]) -> Float[Array, "B K"]:
+        """The code of each image; non-negative if its activation is ReLU."""
+        for layer in self.encoder[:-1]:
+            x = nn.relu(layer(x))
+        return ACTIVATIONS[self.code_activation](self.encoder[-1](x))
+
+    def decode(self, code: Float[Array, "B K"]) -> Float[Array, "B D"]:
+        """The image of each code, pixels in (0, 1)."""
+        for layer in self.decoder[:-1]:
+            code = nn.relu(layer(code))
+        return nn.sigmoid(self.decoder[-1](code))
+
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        """The reconstruction: ``decode(encode(x))``."""
+        return self.decode(self.encode(x))
+
+
+MODELS: dict[str, type[nn.Module]] = {"autoencoder": Autoencoder}
+"""The models by the name that ``--model.name`` takes."""

@@ -1,0 +1,323 @@
+"""What a run leaves on disk beside its checkpoints, and what a result file holds.
+
+Every file is whole or absent: it is written beside its place, then renamed. Imports no
+JAX, so that a command can look at a run folder before it decides to load anything.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import PIL.Image
+
+from ae_jax import __version__
+from ae_jax.config import Config, UserError, to_json
+
+FORMAT = 1
+"""Version of the run folder's layout; raised when an older reader would fail."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+Row = dict[str, Any]
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a whole file, or, if that fails, leave what was there.
+
+    Args:
+        path: where it shall be.
+        write: writes the content to the open file that it is given.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole text file, as :func:`write_file` does."""
+    write_file(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, plain: Any) -> None:
+    """Write JSON, indented, with a newline at the end."""
+    write_text(path, json.dumps(plain, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON.
+
+    Raises:
+        UserError: the file is not JSON; it says what to do.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: damaged, not JSON ({error}); delete the run folder, or mend it"
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """What computed the numbers: Python, this project, the packages under it."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "ae_jax": __version__, **packages}
+
+
+def usable_cores() -> int:
+    """Cores that this process may use; bits differ between one core and two."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [
+            line.split(":", 1)[1].strip() for line in lines if "model name" in line
+        ]
+        return models[0]
+    except (OSError, IndexError):
+        return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit that this code stands at; None outside a checkout."""
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        answer = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        )
+        return answer.stdout.strip()
+    return None
+
+
+def describe(
+    experiment: str, config: Config, device: dict[str, Any], data: dict[str, Any]
+) -> dict[str, Any]:
+    """A new run's config.json.
+
+    Args:
+        experiment: its name, as in ``python -m experiments.NAME``.
+        config: the run's.
+        device: ``kind`` and ``count`` of the accelerators.
+        data: what the data set tells of itself.
+    """
+    return {
+        "format": FORMAT,
+        "experiment": experiment,
+        "config": to_json(config),
+        "versions": versions(),
+        "device": {**device, "cpu_model": cpu_model(), "cpu_cores": usable_cores()},
+        "git_commit": git_commit(),
+        "data": data,
+        "history": [],
+    }
+
+
+def read_description(run_dir: Path) -> dict[str, Any]:
+    """A run folder's config.json.
+
+    Raises:
+        UserError: there is no run, or one of a format that this version cannot read.
+    """
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise UserError(f"{run_dir}: not a run folder (no config.json); check the path")
+    description = read_json(path)
+    if not isinstance(description, dict) or "config" not in description:
+        raise UserError(f"{path}: not a run's config.json; choose another folder")
+    if description.get("format") != FORMAT:
+        raise UserError(
+            f"{path}: run folder of format {description.get('format')}, this version "
+            f"reads format {FORMAT}; use the ae_jax that wrote it"
+        )
+    return description
+
+
+def note_surroundings(description: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """Record in a run's description that it goes on in other surroundings.
+
+    Args:
+        description: the run's, to which an entry of ``history`` is added.
+        now: what :func:`describe` says today.
+
+    Returns:
+        One line that names the differences, or None if there are none.
+    """
+    last = description["history"][-1] if description["history"] else description
+    changes = [
+        f"{part}.{name} {last[part].get(name)} → {value}"
+        for part in ("versions", "device")
+        for name, value in now[part].items()
+        if last[part].get(name) != value
+    ]
+    if not changes:
+        return None
+    entry = {key: now[key] for key in ("versions", "device", "git_commit")}
+    description["history"].append({"date": _today(), **entry})
+    return f"resumed with other {', '.join(changes)}: the bits may differ from here on"
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+@contextlib.contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder, made if absent, for this process alone.
+
+    The lock is the operating system's: it ends with the process, however that ends.
+    A folder that is still empty in the end is removed again.
+
+    Raises:
+        UserError: another process holds it, or what is there is not a run folder.
+    """
+    foreign = f"{run_dir}: in the way, and not a run folder; choose another --run-dir"
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(foreign)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    if any(run_dir.iterdir()) and not (run_dir / "config.json").exists():
+        raise UserError(foreign)
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        _lock_at_once(handle, run_dir)
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()
+
+
+def _lock_at_once(handle: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{run_dir}: in use by another process; wait for it, or choose another "
+            "--run-dir"
+        ) from error
+
+
+def write_rows(run_dir: Path, rows: list[Row]) -> None:
+    """Write metrics.jsonl, an epoch a line."""
+    write_text(
+        run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
+    )
+
+
+def read_rows(run_dir: Path) -> list[Row]:
+    """The rows of metrics.jsonl; none if there is none yet."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+class Board:
+    """The run's TensorBoard log, written anew from ``rows`` on each start."""
+
+    def __init__(self, run_dir: Path, rows: list[Row]) -> None:
+        # Imported here: it takes a second where PyTorch is installed, which it loads.
+        from tensorboardX import SummaryWriter
+
+        folder = run_dir / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder), flush_secs=5)
+        for row in rows:
+            self.add_row(row)
+
+    def add_row(self, row: Row) -> None:
+        """Log an epoch's numbers against its step."""
+        for name, value in row.items():
+            if name not in ("epoch", "step"):
+                self._writer.add_scalar(name, value, row["step"])
+
+    def add_figure(self, name: str, path: Path) -> None:
+        """Log a figure's PNG."""
+        with PIL.Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        self._writer.add_image(f"figures/{name}", pixels, dataformats="HWC")
+
+    def close(self) -> None:
+        """Write what is still held back."""
+        self._writer.close()
+
+
+def measure_gflops(size: int = 2048, rounds: int = 5) -> float:
+    """GF/s of a large float32 matrix product by NumPy's BLAS: the best of some."""
+    a = np.random.default_rng(0).random((size, size), np.float32)
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def machine(accelerator: str) -> dict[str, Any]:
+    """The machine a result was measured on.
+
+    Args:
+        accelerator: JAX's name of the device, ``cpu`` if there is none.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cores": usable_cores(),
+        "cpu": cpu_model(),
+        "accelerator": accelerator,
+        "memory_gib": round(memory / 2**30, 1),
+        "gflops": round(measure_gflops(), 1),
+    }
+
+
+def write_result(
+    path: Path,
+    experiment: str,
+    accelerator: str,
+    seeds: list[int],
+    headline: dict[str, float],
+    table: list[dict[str, Any]],
+) -> None:
+    """Write an experiment's result: where it came from, its numbers, its table.
+
+    Args:
+        path: ``experiments/results/NAME.json``.
+        experiment: the experiment's name.
+        accelerator: as for :func:`machine`.
+        seeds: the seeds it ran.
+        headline: name to number, flat.
+        table: rows as README and docs show them.
+    """
+    result = {
+        "experiment": experiment,
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "date": _today(),
+        "machine": machine(accelerator),
+        "versions": versions(),
+        "seeds": seeds,
+        "headline": headline,
+        "table": table,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)

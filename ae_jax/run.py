@@ -1,0 +1,376 @@
+"""A run, rebuilt: what its config determines, its checkpoints, its scores and figures.
+
+:func:`build` makes model, optimiser and train step of a config. :func:`open_run` is the
+only way to rebuild a run from its folder; nothing here writes to one but :func:`draw`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, UInt8
+from matplotlib.figure import Figure
+
+from ae_jax import checkpoint, config, data, evaluate, figures, losses, records
+from ae_jax.checkpoint import Checkpoints
+from ae_jax.config import Config, ModelConfig, TrainConfig, UserError
+from ae_jax.losses import Params
+from ae_jax.models import MODELS
+from ae_jax.records import Row
+from ae_jax.train import (
+    TrainState,
+    TrainStep,
+    epoch_order,
+    init_state,
+    make_schedule,
+    make_train_step,
+    make_tx,
+)
+
+BLOCK = 1000
+"""Images that go through the model at a time, outside training."""
+
+
+class Program(NamedTuple):
+    """What a config determines before any image is seen.
+
+    Attributes:
+        model: Linen module.
+        schedule: learning rate of each step.
+        train_step: the update rule.
+        init: the state before the first step.
+        order: (key, epoch) to the epoch's batches, see :func:`train.epoch_order`.
+        encode: (params, images [B, D]) to codes [B, K].
+        decode: (params, codes [B, K]) to images [B, D].
+        reconstruct: (params, images [B, D]) to images [B, D].
+        steps_per_epoch: T.
+    """
+
+    model: nn.Module
+    schedule: optax.Schedule
+    train_step: TrainStep
+    init: Callable[[], TrainState]
+    order: Callable[[Key[Array, ""], int], Int[Array, "T B"]]
+    encode: Callable[[Params, Any], Array]
+    decode: Callable[[Params, Any], Array]
+    reconstruct: Callable[[Params, Any], Array]
+    steps_per_epoch: int
+
+
+def _choose(known: Mapping[str, Any], name: str, option: str) -> Any:
+    if name not in known:
+        raise UserError(f"{option}: no {name!r}{config.suggest(name, known)}")
+    return known[name]
+
+
+@functools.cache
+def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int]) -> Any:
+    num_train, num_pixels = size
+    sizes = {
+        "num_pixels": num_pixels,
+        "hidden": model_config.hidden,
+        "code_width": model_config.code_width,
+        "code_activation": model_config.code_activation,
+        "initializer": model_config.init,
+        "dtype": np.dtype(train.precision),
+    }
+    model = _choose(MODELS, model_config.name, "--model.name")(**sizes)
+    loss = _choose(losses.LOSSES, train.loss, "--train.loss")
+    steps_per_epoch = -(-num_train // train.batch_size)
+    schedule = make_schedule(train, train.num_epochs * steps_per_epoch)
+    tx = make_tx(train, schedule)
+    train_step = make_train_step(losses.make_reconstruction(model, loss), tx)
+
+    def init_params(key: jax.Array) -> Params:
+        return model.init(key, jnp.zeros((1, num_pixels), model.dtype))["params"]
+
+    def jitted(method: str) -> Callable[[Params, Any], Array]:
+        return jax.jit(
+            lambda params, x: model.apply({"params": params}, x, method=method)
+        )
+
+    return Program(
+        model=model,
+        schedule=schedule,
+        train_step=train_step,
+        init=lambda: init_state(
+            init_params,
+            tx,
+            train_step,
+            train.seed,
+            (steps_per_epoch, train.batch_size, num_pixels),
+        ),
+        order=jax.jit(
+            lambda key, epoch: epoch_order(key, epoch, num_train, train.batch_size)
+        ),
+        encode=jitted("encode"),
+        decode=jitted("decode"),
+        reconstruct=jitted("__call__"),
+        steps_per_epoch=steps_per_epoch,
+    )
+
+
+def build(settings: Config, num_train: int, num_pixels: int) -> Program:
+    """The model, the optimiser and the train step of a config.
+
+    Turns 64-bit floats on or off in the whole process, as the config's precision asks.
+
+    Args:
+        settings: the run's config.
+        num_train: N, images trained on.
+        num_pixels: D.
+
+    Raises:
+        UserError: no such model or loss.
+    """
+    jax.config.update("jax_enable_x64", settings.train.precision == "float64")
+    program: Program = _build(settings.model, settings.train, (num_train, num_pixels))
+    return program
+
+
+def in_blocks(
+    forward: Callable[[Params, Any], Array], params: Params, inputs: np.ndarray
+) -> Float[np.ndarray, "N ..."]:
+    """Send inputs [N, …] through one of a program's functions, block by block."""
+    flat = inputs.reshape(len(inputs), math.prod(inputs.shape[1:]))
+    dtype = jax.tree.leaves(params)[0].dtype
+    blocks = [flat[i : i + BLOCK] for i in range(0, max(len(flat), 1), BLOCK)]
+    outputs = [forward(params, scale(block, dtype)) for block in blocks]
+    return np.concatenate([np.asarray(output) for output in outputs])
+
+
+def scale(
+    images: UInt8[np.ndarray, "N D"] | Float[np.ndarray, "N D"], dtype: np.dtype
+) -> Float[np.ndarray, "N D"]:
+    """Bytes as floats in [0, 1]; floats as they are."""
+    floats: np.ndarray = images.astype(dtype)
+    return floats / np.asarray(255, dtype) if images.dtype == np.uint8 else floats
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run rebuilt from one of its checkpoints.
+
+    Attributes:
+        folder: the run folder.
+        config: the run's.
+        state: as saved, ``state.step`` updates old.
+        rows: those of metrics.jsonl up to it.
+        steps: all steps of which there is a checkpoint.
+        program: model and train step.
+    """
+
+    folder: Path
+    config: Config
+    state: TrainState
+    rows: list[Row]
+    steps: list[int]
+    program: Program
+
+    @property
+    def step(self) -> int:
+        """The number of updates applied."""
+        return int(self.state.step)
+
+    def encode(
+        self, images: UInt8[np.ndarray, "N ..."] | Float[np.ndarray, "N ..."]
+    ) -> Float[np.ndarray, "N K"]:
+        """Codes of images [N, D] or [N, H, W]: bytes, or floats in [0, 1]."""
+        return in_blocks(self.program.encode, self.state.params, images)
+
+    def decode(self, codes: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N D"]:
+        """Images of codes, pixels in [0, 1]."""
+        return in_blocks(self.program.decode, self.state.params, codes)
+
+    def reconstruct(
+        self, images: UInt8[np.ndarray, "N ..."] | Float[np.ndarray, "N ..."]
+    ) -> Float[np.ndarray, "N D"]:
+        """Images through the code and back, pixels in [0, 1]."""
+        return in_blocks(self.program.reconstruct, self.state.params, images)
+
+
+def open_run(run_dir: Path | str, which: str | int = "latest") -> OpenRun:
+    """Rebuild a run from its folder.
+
+    Args:
+        run_dir: the run folder.
+        which: ``latest``, ``best``, or a step of which there is a checkpoint.
+
+    Raises:
+        UserError: no run, no checkpoint, not that one (the message lists those there
+            are), or a damaged one.
+    """
+    folder = Path(run_dir)
+    description = records.read_description(folder)
+    settings = read_config(folder, description, Config)
+    about = description["data"]
+    num_pixels = math.prod(about["shape"])
+    program = build(settings, about["num_train"], num_pixels)
+    if not (folder / "checkpoints").is_dir():
+        raise _no_checkpoint(folder)
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        steps = checkpoints.steps
+        if not steps:
+            raise _no_checkpoint(folder)
+        abstract = checkpoint.abstract_like(program.init)
+        if which == "best":
+            rows = checkpoints.load(abstract, steps[-1])[1]["rows"]
+            which = best_step(rows, settings.train.loss) if rows else steps[-1]
+        step = steps[-1] if which == "latest" else _as_step(which)
+        if step not in steps:
+            kept = ", ".join(map(str, steps))
+            raise UserError(
+                f"{folder}: no checkpoint of step {which}; choose latest, best or one "
+                f"of {kept}"
+            )
+        state, history = checkpoints.load(abstract, step)
+    return OpenRun(folder, settings, state, history["rows"], steps, program)
+
+
+def read_config(folder: Path, description: dict[str, Any], kind: type[Config]) -> Any:
+    """The config in a run's config.json; the folder may have moved since."""
+    plain = {**description["config"], "run_dir": str(folder)}
+    return config.from_json(kind, plain, str(folder / "config.json"))
+
+
+def _no_checkpoint(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: no checkpoint yet; give the run's command again and let it finish "
+        "an epoch"
+    )
+
+
+def _as_step(which: str | int) -> int:
+    try:
+        return int(which)
+    except ValueError:
+        raise UserError(
+            f"--checkpoint: must be latest, best or a step, got {which!r}"
+        ) from None
+
+
+def check_fingerprint(run_dir: Path, dataset: data.Dataset) -> None:
+    """Refuse to go on with a run, or to score it, on other data than it was trained on.
+
+    Raises:
+        UserError: the fingerprints differ.
+    """
+    was = records.read_description(run_dir)["data"]["fingerprint"]
+    if was != dataset.fingerprint:
+        raise UserError(
+            f"{run_dir}: the run was trained on other data (fingerprint {was[:12]}…, "
+            f"now {dataset.fingerprint[:12]}…); choose another --run-dir"
+        )
+
+
+def best_step(rows: list[Row], loss: str) -> int:
+    """The step of the best epoch: by held-out loss if there is one, else by training's.
+
+    The test split is never asked. Ties go to the earlier epoch.
+    """
+    key = f"val/{loss}" if f"val/{loss}" in rows[0] else f"train/{loss}"
+    return int(min(rows, key=lambda row: row[key])["step"])
+
+
+def score(run: OpenRun, split: data.Split, name: str, shape: tuple[int, int]) -> Row:
+    """Metrics of one checkpoint over a whole split.
+
+    Args:
+        run: the checkpoint.
+        split: images [N, D].
+        name: of the split; the metrics are called ``name/mse`` and so on.
+        shape: height and width of an image.
+
+    Returns:
+        Its metrics, and the number of code units that are dead on it.
+    """
+    recon = run.reconstruct(split.images)
+    target = scale(split.images, recon.dtype)
+    metrics = evaluate.image_metrics(recon, target, shape)
+    dead = evaluate.dead_units(run.encode(split.images))
+    return {
+        **{f"{name}/{key}": value for key, value in metrics.items()},
+        "code/dead_units": int(dead.sum()),
+        "code/collapsed": bool(dead.all()),
+    }
+
+
+# --- Figures, each from the run folder alone ---------------------------------------
+
+
+def _read_pictures(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W"]]:
+    path = folder / "figures" / "images.npz"
+    try:
+        with np.load(path) as pictures:
+            return dict(pictures)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path}: cannot be read ({error}); give the run's command again"
+        ) from error
+
+
+def _draw_samples(folder: Path) -> Figure:
+    return figures.samples(_read_pictures(folder)["samples"])
+
+
+def _draw_training_loss(folder: Path) -> Figure:
+    run = open_run(folder)
+    if not run.rows:
+        raise UserError(f"{folder}: no finished epoch to draw yet")
+    name = run.config.train.loss
+    epochs = [row["epoch"] for row in run.rows]
+    held_out = [row[f"val/{name}"] for row in run.rows if f"val/{name}" in row]
+    return figures.training_loss(
+        epochs,
+        [row[f"train/{name}"] for row in run.rows],
+        name.upper(),
+        held_out or None,
+    )
+
+
+def _draw_reconstructions_by_epoch(folder: Path) -> Figure:
+    run, originals = open_run(folder), _read_pictures(folder)["train"]
+    per_epoch = run.program.steps_per_epoch
+    finished = [step // per_epoch for step in run.steps if step % per_epoch == 0]
+    if not finished:
+        raise UserError(f"{folder}: no finished epoch to draw yet")
+    shown = [e for e in finished if e in run.config.figures.epochs or e == finished[-1]]
+    rows = {
+        epoch: open_run(folder, epoch * per_epoch).reconstruct(originals)
+        for epoch in shown
+    }
+    return figures.reconstructions_by_epoch(
+        {epoch: recon.reshape(originals.shape) for epoch, recon in rows.items()},
+        originals,
+    )
+
+
+def _draw_test_reconstructions(folder: Path) -> Figure:
+    run, originals = open_run(folder), _read_pictures(folder)["test"]
+    recon = run.reconstruct(originals).reshape(originals.shape)
+    return figures.test_reconstructions(recon, originals)
+
+
+FIGURES: dict[str, Callable[[Path], Figure]] = {
+    "samples": _draw_samples,
+    "training_loss": _draw_training_loss,
+    "reconstructions_by_epoch": _draw_reconstructions_by_epoch,
+    "test_reconstructions": _draw_test_reconstructions,
+}
+"""The figures of a run, in the tutorial's order."""
+
+
+def draw(run_dir: Path, name: str) -> Path:
+    """Draw a figure of a run from its folder alone; returns the PNG's path."""
+    figure = FIGURES[name](run_dir)
+    path = run_dir / "figures" / f"{name}.png"
+    figures.save(figure, path)
+    return path

@@ -1,0 +1,430 @@
+"""Training one config in one run folder: start or resume, log, save, summarise.
+
+What may go wrong on the way has its place here: signals, a loss that is no longer
+finite, surroundings that changed since the run began.
+"""
+
+import contextlib
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from ae_jax import checkpoint, config, data, evaluate, losses, records, run
+from ae_jax.checkpoint import Checkpoints, History
+from ae_jax.cli import Diverged
+from ae_jax.config import Config
+from ae_jax.records import Row
+from ae_jax.train import Purpose, TrainState, fit, key_for, make_train_chunk
+
+
+class Progress:
+    """A bar on a terminal, a line for each epoch elsewhere; remarks on both."""
+
+    def __init__(self, num_images: int, done: int, num_epochs: int) -> None:
+        self._num_epochs = num_epochs
+        self._bar = tqdm(
+            total=num_images,
+            initial=done,
+            unit=" images",
+            unit_scale=True,
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def update(self, num_images: int, loss: float) -> None:
+        """So many more images were trained on; the newest batch had this loss."""
+        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self._bar.update(num_images)
+
+    def tell_epoch(self, row: Row, loss: str, code_width: int) -> None:
+        """An epoch has ended."""
+        self._bar.set_description(f"epoch {row['epoch']}/{self._num_epochs}")
+        if self._bar.disable:
+            keys = [f"{part}/{loss}" for part in ("train", "val")]
+            scores = "  ".join(f"{key} {row[key]:.5f}" for key in keys if key in row)
+            print(
+                f"epoch {row['epoch']}/{self._num_epochs}  {scores}  dead units "
+                f"{row['code/dead_units']}/{code_width}  "
+                f"{row['images_per_s']:,.0f} images/s  {row['wall_s']:.1f} s",
+                flush=True,
+            )
+
+    def say(self, text: str) -> None:
+        """A remark on stderr."""
+        self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if received:
+            os._exit(128 + signum)
+        received.append(signum)
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def start(
+    experiment: str, settings: Config, started: float | None = None
+) -> Iterator["Trainer"]:
+    """Hold a run folder and start, or go on with, the run in it.
+
+    Args:
+        experiment: name, as in ``python -m experiments.NAME``.
+        settings: the run's config.
+        started: the ``time.monotonic()`` from which its times count; None: now.
+
+    Raises:
+        UserError: the folder is in use, is no run folder or holds another run; or the
+            data set cannot be had.
+    """
+    with records.lock(settings.run_dir):
+        trainer = Trainer(experiment, settings, started or time.monotonic())
+        try:
+            yield trainer
+        finally:
+            trainer.close()
+
+
+class Trainer:
+    """A run being trained; made by :func:`start`.
+
+    Attributes:
+        config: the run's.
+        finished: whether there was nothing left to do.
+    """
+
+    def __init__(self, experiment: str, settings: Config, started: float) -> None:
+        self.config = settings
+        self.folder = settings.run_dir
+        self._started = started
+        self._board: records.Board | None = None
+        description: dict[str, Any] | None = None
+        if (self.folder / "config.json").exists():
+            description = records.read_description(self.folder)
+            was = run.read_config(self.folder, description, type(settings))
+            config.check_resumable(was, settings)
+        self.finished = self._is_finished()
+        if self.finished:
+            return
+        self._dataset = data.load(settings.data)
+        images = self._dataset.train.images
+        self._program = run.build(settings, *images.shape)
+        self._shuffle = key_for(settings.train.seed, Purpose.SHUFFLE)
+        self._describe(experiment, description)
+        self._write_pictures()
+        self._history: History = {"rows": [], "epoch_s": 0.0, "wall_s": 0.0}
+
+    # --- Before training ---
+
+    def _is_finished(self) -> bool:
+        path = self.folder / "summary.json"
+        if not path.exists():
+            return False
+        summary = records.read_json(path)
+        if summary["epochs"] < self.config.train.num_epochs and not summary["stopped"]:
+            path.unlink()  # the run goes on, so that this is no longer its summary
+            return False
+        print(
+            f"{self.folder} is finished after {summary['epochs']} epochs: test/mse "
+            f"{summary['test/mse']:.4f}. A larger --train.num-epochs goes on."
+        )
+        return True
+
+    def _describe(self, experiment: str, known: dict[str, Any] | None) -> None:
+        """Write config.json, or bring that of the run's start up to date."""
+        devices = jax.devices()
+        about = {
+            "fingerprint": self._dataset.fingerprint,
+            "source": self._dataset.source,
+            "num_train": len(self._dataset.train.images),
+            "shape": list(self._dataset.shape),
+        }
+        device = {"kind": devices[0].device_kind, "count": len(devices)}
+        now = records.describe(experiment, self.config, device, about)
+        description = known or now
+        if known:
+            run.check_fingerprint(self.folder, self._dataset)
+            warning = records.note_surroundings(known, now)
+            if warning:
+                print(f"warning: {self.folder}: {warning}", file=sys.stderr)
+            known["config"] = now["config"]
+        records.write_json(self.folder / "config.json", description)
+
+    def _write_pictures(self) -> None:
+        """Choose the images that the figures show; known before the first step."""
+        seed, num_epochs = self.config.train.seed, self.config.train.num_epochs
+        train, test = self._dataset.train.images, self._dataset.test.images
+        batch_size = self.config.train.batch_size
+        samples = self._program.order(key_for(seed, Purpose.SAMPLES), 0)
+        last_batch = self._program.order(self._shuffle, num_epochs - 1)[-1]
+        last_test_batch = test[(len(test) - 1) // batch_size * batch_size :]
+        chosen = {
+            "samples": train[np.asarray(samples).ravel()[:25]],
+            "train": train[[row for row in last_batch.tolist() if row >= 0][:5]],
+            "test": last_test_batch[:10],
+        }
+        pictures = {
+            name: images.reshape(-1, *self._dataset.shape)
+            for name, images in chosen.items()
+        }
+        path = self.folder / "figures" / "images.npz"
+        path.parent.mkdir(exist_ok=True)
+        records.write_file(path, lambda file: np.savez_compressed(file, **pictures))
+
+    # --- Training ---
+
+    def fit(self) -> None:
+        """Train to the last epoch, from the newest checkpoint if there is one.
+
+        Raises:
+            SystemExit: a signal came; the state is saved, the status the shell's.
+            Diverged: the loss or the gradient is not finite.
+            UserError: the newest checkpoint is damaged, or the disk is full.
+        """
+        settings = self.config
+        num_epochs, per_epoch = settings.train.num_epochs, self._program.steps_per_epoch
+        folder = self.folder / "checkpoints"
+        with (
+            Checkpoints(folder, settings.checkpoint.keep) as self._checkpoints,
+            contextlib.ExitStack() as stack,
+        ):
+            state = self._restore_or_init()
+            first_step = int(state.step)
+            images = jax.device_put(self._dataset.train.images)
+            chunk = make_train_chunk(self._program.train_step)
+            order = self._program.order(self._shuffle, 0)
+            # Compiled ahead, so that the first epoch's time is that of its steps.
+            compiled = chunk.lower(state, images, order, 1).compile()
+            num_images = len(images)
+            self._progress = Progress(
+                num_images * num_epochs,
+                num_images * first_step // per_epoch,
+                num_epochs,
+            )
+            stack.callback(self._progress.close)
+            self._signals = stack.enter_context(signals_noted())
+            state = fit(
+                state,
+                lambda state, order, stop: compiled(state, images, order, stop),
+                lambda epoch: self._program.order(self._shuffle, epoch),
+                num_epochs * per_epoch,
+                settings.checkpoint.every_steps,
+                self._after_chunk,
+            )
+            step = int(state.step)
+        if self._signals:
+            print(
+                f"interrupted: step {step} is saved in {folder}; the same command "
+                "goes on from there",
+                file=sys.stderr,
+            )
+            sys.exit(128 + self._signals[0])
+
+    def _restore_or_init(self) -> TrainState:
+        """The newest checkpoint's state, or the first; rewrites the logs to match."""
+        steps = self._checkpoints.steps
+        if steps:
+            abstract = checkpoint.abstract_like(self._program.init)
+            state: TrainState
+            state, self._history = self._checkpoints.load(abstract, steps[-1])
+            print(f"{self.folder}: going on from step {steps[-1]}", file=sys.stderr)
+        else:
+            state = self._program.init()
+        self._wall_before = self._history["wall_s"]
+        self._last_step = int(state.step)
+        records.write_rows(self.folder, self._history["rows"])
+        return state
+
+    def _after_chunk(self, state: TrainState, step: int, seconds: float) -> bool:
+        """Log, save and judge what the last steps did; whether to go on."""
+        per_epoch = self._program.steps_per_epoch
+        done = (step - 1) % per_epoch + 1
+        metrics = {
+            name: np.asarray(values)[:done].astype(np.float64)
+            for name, values in state.epoch_metrics.items()
+        }
+        self._check_finite(metrics, step - done)
+        self._history.setdefault("first_step_s", time.monotonic() - self._started)
+        self._history["epoch_s"] += seconds
+        num_images = (step - self._last_step) * self.config.train.batch_size
+        self._last_step = step
+        self._progress.update(num_images, metrics["loss"][-1])
+        end_of_epoch = done == per_epoch
+        if end_of_epoch:
+            self._end_epoch(state, step, metrics)
+        every = self.config.checkpoint.every_steps
+        if end_of_epoch or self._signals or (every and step % every == 0):
+            self._save(state)
+        return not (self._signals or (end_of_epoch and self._out_of_patience()))
+
+    def _check_finite(self, metrics: dict[str, np.ndarray], epoch_start: int) -> None:
+        bad = ~np.isfinite(np.stack(list(metrics.values()))).all(axis=0)
+        if not bad.any():
+            return
+        i = int(bad.argmax())
+        values = ", ".join(f"{name} {v[i]:g}" for name, v in metrics.items())
+        steps = self._checkpoints.steps
+        good = f"step {steps[-1]}" if steps else "there is none"
+        raise Diverged(
+            f"{self.folder}: diverged at step {epoch_start + i + 1}: {values}; last "
+            f"good checkpoint: {good}; try a smaller --train.learning-rate, or "
+            "--train.clip-norm 1, in another --run-dir"
+        )
+
+    def _end_epoch(
+        self, state: TrainState, step: int, metrics: dict[str, np.ndarray]
+    ) -> None:
+        loss, images = self.config.train.loss, self._dataset.train.images
+        rows: list[Row] = self._history["rows"]
+        codes = run.in_blocks(self._program.encode, state.params, images)
+        means = {name: float(values.mean()) for name, values in metrics.items()}
+        row = {
+            "epoch": step // self._program.steps_per_epoch,
+            "step": step,
+            f"train/{loss}": means.pop("loss"),
+            **{f"train/{name}": mean for name, mean in means.items()},
+            **self._validate(state),
+            "train/learning_rate": float(self._program.schedule(step - 1)),
+            "code/dead_units": int(evaluate.dead_units(codes).sum()),
+            "wall_s": self._history["epoch_s"],
+            "images_per_s": len(images) / self._history["epoch_s"],
+        }
+        rows.append(row)
+        self._history["epoch_s"] = 0.0
+        records.write_rows(self.folder, rows)
+        if self._board:
+            self._board.add_row(row)
+        self._progress.tell_epoch(row, loss, self.config.model.code_width)
+        dead = [0] + [row["code/dead_units"] for row in rows]
+        if dead[-1] != dead[-2]:  # told when it happens, and again in the end
+            self._progress.say(self._diagnose() or "no code unit is dead any more")
+
+    def _validate(self, state: TrainState) -> Row:
+        images = self._dataset.validation.images
+        if not len(images):
+            return {}
+        name = self.config.train.loss
+        recon = run.in_blocks(self._program.reconstruct, state.params, images)
+        target = run.scale(images, recon.dtype)
+        per_example = np.asarray(
+            losses.LOSSES[name](*map(jnp.asarray, (recon, target)))
+        )
+        return {f"val/{name}": float(per_example.mean(dtype=np.float64))}
+
+    def _out_of_patience(self) -> bool:
+        rows, patience = self._history["rows"], self.config.train.patience
+        if not patience or not rows:
+            return False
+        best = run.best_step(rows, self.config.train.loss)
+        waited = rows[-1]["epoch"] - best // self._program.steps_per_epoch
+        return bool(waited >= patience)
+
+    def _save(self, state: TrainState) -> None:
+        rows, per_epoch = self._history["rows"], self._program.steps_per_epoch
+        history = {**self._history, "rows": list(rows), "wall_s": self._wall_s()}
+        shown = {*self.config.figures.epochs, self.config.train.num_epochs}
+        pinned = {epoch * per_epoch for epoch in shown}
+        if rows:
+            pinned.add(run.best_step(rows, self.config.train.loss))
+        self._checkpoints.save(state, history, pinned)
+
+    def _wall_s(self) -> float:
+        before: float = self._wall_before
+        return before + time.monotonic() - self._started
+
+    # --- After training ---
+
+    def draw(self, name: str) -> None:
+        """Draw one of :data:`run.FIGURES` into the run folder and its TensorBoard."""
+        path = run.draw(self.folder, name)
+        if self._board is None:
+            self._board = records.Board(self.folder, self._history["rows"])
+        self._board.add_figure(name, path)
+
+    def summarise(self) -> Row:
+        """Score the newest checkpoint on the whole test split; write summary.json.
+
+        Returns:
+            The summary, also shown as a table beside two baselines: the mean image,
+            and PCA with as many components as the code has units.
+        """
+        opened = run.open_run(self.folder)
+        train, test = self._dataset.train.images, self._dataset.test.images
+        width, last = self.config.model.code_width, opened.rows[-1]
+        summary = {
+            "train/mse": last["train/mse"],
+            **run.score(opened, self._dataset.test, "test", self._dataset.shape),
+            "baseline/mean_image/test/mse": evaluate.mean_image_mse(train, test),
+            "baseline/pca/test/mse": evaluate.pca_mse(train, test, width),
+            "checkpoint_step": opened.step,
+            "steps": opened.step,
+            "epochs": last["epoch"],
+            "stopped": self._out_of_patience(),
+            "wall_s": self._wall_s(),
+            "first_step_s": self._history["first_step_s"],
+            "peak_memory_bytes": _peak_memory_bytes(),
+        }
+        device_memory = jax.local_devices()[0].memory_stats()
+        if device_memory:
+            summary["device_peak_bytes"] = device_memory["peak_bytes_in_use"]
+        records.write_json(self.folder / "summary.json", summary)
+        print(_table(summary, width))
+        remark = self._diagnose()
+        if remark:
+            print(remark)
+        return summary
+
+    def _diagnose(self) -> str | None:
+        dead = [row["code/dead_units"] for row in self._history["rows"]]
+        return evaluate.diagnose(dead, self.config.model.code_width)
+
+    def close(self) -> None:
+        """Write what TensorBoard still holds back."""
+        if self._board:
+            self._board.close()
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def _table(summary: Row, code_width: int) -> str:
+    scores = [
+        ("training, mean of its batches", summary["train/mse"], ""),
+        (
+            "test",
+            summary["test/mse"],
+            f"{summary['test/psnr_db']:.2f} dB   {summary['test/ssim']:.3f}",
+        ),
+        (f"test, PCA of {code_width} components", summary["baseline/pca/test/mse"], ""),
+        ("test, mean training image", summary["baseline/mean_image/test/mse"], ""),
+    ]
+    lines = [f"{'':32}{'MSE':>8}   {'PSNR':>8}    SSIM"]
+    lines += [f"{name:32}{mse:8.5f}   {rest}".rstrip() for name, mse, rest in scores]
+    lines.append(f"dead code units: {summary['code/dead_units']} of {code_width}")
+    return "\n".join(lines)

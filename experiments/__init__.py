@@ -1,0 +1,1 @@
+"""One question, one file: each is run as ``python -m experiments.NAME``."""

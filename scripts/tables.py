@@ -1,0 +1,89 @@
+"""Fill the tables of README and docs from experiments/results/: ``tables.py``.
+
+A table stands between ``<!-- table NAME -->`` and ``<!-- end -->`` and is made by the
+function of that name in :data:`TABLES`.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ae_jax import cli, config, records
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _result(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = records.read_json(
+        ROOT / "experiments" / "results" / f"{name}.json"
+    )
+    return result
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def tutorial() -> str:
+    """One row a seed, and a sentence that counts them."""
+    result = _result("tutorial")
+    outcome = {0: "healthy", 3: "**collapsed**"}
+    rows = [
+        [
+            str(row["seed"]),
+            f"{row['train/mse']:.4f}",
+            f"{row['test/mse']:.4f}",
+            f"{row['test/psnr_db']:.2f}",
+            f"{row['test/ssim']:.3f}",
+            outcome.get(row["code/dead_units"], f"{row['code/dead_units']} of 3 dead"),
+            f"{row['wall_s']:.0f} s",
+        ]
+        for row in result["table"]
+    ]
+    head, machine = result["headline"], result["machine"]
+    counted = (
+        f"\nOf {len(rows)} seeds {head['healthy']} are healthy (test MSE "
+        f"{head['test_mse_healthy_mean']:.4f} ± {head['test_mse_healthy_sd']:.4f}), "
+        f"{head['part_dead']} with a dead unit, {head['collapsed']} collapsed. "
+        f"{machine['cores']} cores of {machine['cpu']} ({machine['gflops']:.0f} GF/s), "
+        f"{result['date']}.\n"
+    )
+    header = ["seed", "train MSE", "test MSE", "PSNR (dB)", "SSIM", "code", "time"]
+    return _markdown(header, rows) + counted
+
+
+TABLES: dict[str, Callable[[], str]] = {"tutorial": tutorial}
+
+
+def fill(text: str) -> str:
+    """A document with its tables made anew."""
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}{TABLES[match[2]]()}{match[3]}"
+
+    return MARKED.sub(table, text)
+
+
+def main(check: bool = False) -> None:
+    """Fill the tables of README and docs from experiments/results/.
+
+    Args:
+        check: Write nothing; status 2 if a document is not up to date.
+    """
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text()
+        filled = fill(text)
+        if filled == text:
+            continue
+        if check:
+            raise config.UserError(f"{path}: tables are old; run scripts/tables.py")
+        records.write_text(path, filled)
+        print(path.relative_to(ROOT), file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,0 +1,47 @@
+"""What every test needs: the CPU, strict broadcasting, shapes checked at run time."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Every shape and type in a signature of ours is checked at each call.
+install_import_hook("ae_jax", "beartype.beartype")
+
+import jax
+
+from ae_jax import data
+from ae_jax.config import Config, DataConfig, FiguresConfig, TrainConfig
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _single_precision():
+    """Leave no test the 64-bit floats of another one's run."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture(scope="session")
+def mnist() -> data.Dataset:
+    """The real MNIST, prepared once in the project's own data folder."""
+    return data.load(DataConfig(dir=ROOT / "data"))
+
+
+@pytest.fixture
+def digits_config(tmp_path) -> Config:
+    """A small run: 3 epochs of 23 steps on the bundled digits."""
+    return Config(
+        run_dir=tmp_path / "run",
+        data=DataConfig(name="digits"),
+        train=TrainConfig(num_epochs=3),
+        figures=FiguresConfig(epochs=(1, 3)),
+    )

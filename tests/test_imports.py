@@ -1,0 +1,119 @@
+"""The map of the modules, as the README draws it, holds in the code."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# Each module may import those named, and no other module of ours.
+MAP = {
+    "config": set(),
+    "cli": {"config"},
+    "models": set(),
+    "losses": {"models"},
+    "figures": set(),
+    "evaluate": set(),
+    "data": {"config"},
+    "train": {"config", "losses"},
+    "checkpoint": {"config"},
+    "records": {"config"},
+    "run": {
+        "checkpoint", "config", "data", "evaluate", "figures", "losses", "models",
+        "records", "train",
+    },
+    "trainer": {
+        "checkpoint", "cli", "config", "data", "evaluate", "losses", "records", "run",
+        "train",
+    },
+}  # fmt: skip
+
+# Packages that one module alone may import.
+OWNERS = {"matplotlib": "figures", "tensorflow_datasets": "data", "orbax": "checkpoint"}
+NUMPY_ONLY = {"config", "cli", "figures", "evaluate", "data", "records"}
+
+
+def imports(path, *, top_level=False) -> set[str]:
+    """Dotted names that a file imports; those in functions too, unless told not to."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if top_level else ast.walk(tree)
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def ours(names) -> set[str]:
+    return {
+        name.split(".")[1]
+        for name in names
+        if name.startswith("ae_jax.") and name != "ae_jax.__version__"
+    }
+
+
+def packages(names) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_map_names_every_module():
+    modules = {path.stem for path in (ROOT / "ae_jax").glob("*.py")} - {"__init__"}
+    assert modules == set(MAP)
+
+
+@pytest.mark.parametrize("module", MAP)
+def test_module_imports_only_from_rows_above_it(module):
+    found = imports(ROOT / "ae_jax" / f"{module}.py")
+    above = list(MAP)[: list(MAP).index(module)]
+    assert ours(found) <= MAP[module] <= set(above)
+    for package, owner in OWNERS.items():
+        assert package not in packages(found) or module == owner or module == "run"
+    if module in NUMPY_ONLY:
+        assert not packages(found) & {"jax", "flax", "optax", "orbax"}
+
+
+@pytest.mark.parametrize("folder", ["experiments", "scripts"])
+def test_nothing_heavy_is_imported_before_the_options_are_parsed(folder):
+    light = {"ae_jax.cli", "ae_jax.config", "ae_jax.records", "ae_jax.interop"}
+    for path in (ROOT / folder).glob("*.py"):
+        found = imports(path, top_level=True)
+        assert not packages(found) & {"jax", "flax", "orbax", "matplotlib", "optax"}
+        assert {f"ae_jax.{name}" for name in ours(found)} <= light
+        assert packages(imports(path)) & {"experiments", "scripts"} == set()
+
+
+def test_importing_a_loss_loads_no_data_checkpoint_or_figure_library():
+    code = "import sys, ae_jax.losses; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert not set(loaded) & {"orbax", "tensorflow_datasets", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["-m", "experiments.tutorial"],
+        ["scripts/plot.py"],
+        ["scripts/evaluate.py"],
+        ["scripts/compare.py"],
+        ["scripts/tables.py"],
+    ],
+    ids=lambda command: command[-1],
+)
+def test_help_explains_itself_without_loading_jax(command):
+    code = (
+        "import runpy, sys; sys.argv = ['x', '--help']\n"
+        "try:\n"
+        "    runpy.{}('{}', run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print('status', end.code, 'jax' in sys.modules)"
+    )
+    how = ("run_module", command[1]) if command[0] == "-m" else ("run_path", command[0])
+    shown = subprocess.check_output(
+        [sys.executable, "-c", code.format(*how)], text=True, cwd=ROOT
+    )
+    assert "usage: " in shown
+    assert shown.endswith("status 0 False\n")
+    assert "-h, --help" in shown

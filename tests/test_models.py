@@ -1,0 +1,125 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ae_jax.models import ACTIVATIONS, MODELS, Autoencoder, uniform_within
+
+KEY = jax.random.key(0)
+
+
+def params_of(model, num_pixels):
+    return jax.jit(model.init)(KEY, jnp.zeros((1, num_pixels), model.dtype))["params"]
+
+
+def images(count, num_pixels):
+    return jax.random.uniform(jax.random.key(1), (count, num_pixels))
+
+
+@pytest.fixture(params=MODELS, ids=str)
+def model(request):
+    return MODELS[request.param](num_pixels=20, hidden=(8, 6), code_width=4)
+
+
+def test_encode_then_decode_equals_call(model):
+    params, x = params_of(model, 20), images(5, 20)
+    code = model.apply({"params": params}, x, method="encode")
+    recon = model.apply({"params": params}, code, method="decode")
+    assert code.shape == (5, 4)
+    np.testing.assert_array_equal(recon, model.apply({"params": params}, x))
+
+
+def test_reconstructions_are_pixels(model):
+    recon = model.apply({"params": params_of(model, 20)}, images(5, 20))
+    assert recon.shape == (5, 20)
+    assert ((recon >= 0) & (recon <= 1)).all()
+
+
+def test_each_example_is_reconstructed_by_itself(model):
+    params, x = params_of(model, 20), images(5, 20)
+    whole = model.apply({"params": params}, x)
+    one = model.apply({"params": params}, x[2:3])
+    np.testing.assert_allclose(whole[2:3], one, rtol=1e-6)
+
+
+def test_jit_changes_nothing_but_rounding(model):
+    params, x = params_of(model, 20), images(5, 20)
+    plain = model.apply({"params": params}, x)
+    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, x), plain, 1e-6)
+
+
+def test_the_tutorials_network_is_the_default():
+    params = params_of(Autoencoder(num_pixels=784), 784)
+    shapes = {name: layer["kernel"].shape for name, layer in params.items()}
+    assert shapes == {
+        "encoder_0": (784, 128),
+        "encoder_1": (128, 64),
+        "encoder_2": (64, 12),
+        "encoder_3": (12, 3),
+        "decoder_0": (3, 12),
+        "decoder_1": (12, 64),
+        "decoder_2": (64, 128),
+        "decoder_3": (128, 784),
+    }
+
+
+def test_forward_pass_equals_a_numpy_rewrite():
+    model = Autoencoder(num_pixels=20, hidden=(8, 6), code_width=4)
+    params, x = params_of(model, 20), images(5, 20)
+    h = np.asarray(x, np.float64)
+    for half in ("encoder", "decoder"):
+        for i in range(3):
+            layer = params[f"{half}_{i}"]
+            h = h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+            h = h if (half, i) == ("decoder", 2) else np.maximum(h, 0)
+    np.testing.assert_allclose(
+        model.apply({"params": params}, x), 1 / (1 + np.exp(-h)), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("activation", "expected"),
+    [("relu", [0.0, 2.0]), ("leaky_relu", [-0.01, 2.0]), ("none", [-1.0, 2.0])],
+)
+def test_code_activation_is_the_one_asked_for(activation, expected):
+    x = jnp.array([-1.0, 2.0])
+    np.testing.assert_allclose(ACTIVATIONS[activation](x), expected)
+    model = Autoencoder(20, (8,), 4, code_activation=activation)
+    codes = model.apply(
+        {"params": params_of(model, 20)}, images(50, 20), method="encode"
+    )
+    assert bool((codes < 0).any()) == (activation != "relu")
+
+
+@settings(max_examples=20, deadline=None)
+@given(fan_in=st.integers(1, 500))
+def test_torch_init_fills_its_bounds_uniformly(fan_in):
+    bound = fan_in**-0.5
+    draws = np.asarray(uniform_within(bound)(KEY, (20_000,), jnp.dtype("float32")))
+    assert np.abs(draws).max() <= bound
+    # Mean and variance of a uniform draw, each within five standard errors.
+    assert abs(draws.mean()) < 5 * bound / np.sqrt(3 * draws.size)
+    np.testing.assert_allclose(draws.var(), bound**2 / 3, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("initializer", "zero_bias"), [("torch", False), ("flax", True)]
+)
+def test_initialiser_is_the_one_asked_for(initializer, zero_bias):
+    params = params_of(Autoencoder(784, initializer=initializer), 784)
+    kernel, bias = params["encoder_0"]["kernel"], params["encoder_0"]["bias"]
+    assert bool((bias == 0).all()) == zero_bias
+    # LeCun's normal kernels have three times the variance of PyTorch's uniform ones.
+    expected = (1 if zero_bias else 1 / 3) / 784
+    np.testing.assert_allclose(np.var(kernel), expected, rtol=0.05)
+
+
+def test_double_precision_reaches_every_parameter():
+    jax.config.update("jax_enable_x64", True)
+    model = Autoencoder(20, (8,), 4, dtype=jnp.dtype("float64"))
+    params = params_of(model, 20)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float64"}
+    recon = model.apply({"params": params}, jnp.zeros((1, 20)))
+    assert recon.dtype == jnp.float64
