@@ -102,7 +102,7 @@ class TrainConfig:
     """Gradients with a larger global norm are scaled down to this one."""
     patience: int | None = None
     """Stop after this many epochs without a better validation loss."""
-    seed: int = 0
+    seed: int = 4
     """Seed of every draw: initial weights, order of the images, noise."""
     precision: Literal["float32", "float64"] = "float32"
     """Number format of parameters, optimiser and arithmetic."""
@@ -149,6 +149,8 @@ class Config:
 
     run_dir: Path = Path("runs/run")
     """Run folder: made, resumed, or, if finished, left as it is."""
+    compilation_cache: bool = True
+    """Keep compiled programs in the user's cache folder, for a faster next start."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -260,9 +262,8 @@ def _may_change(key: str, run: Config, asked: Config) -> bool:
     if key == "train.num_epochs":
         raised = asked.train.num_epochs >= run.train.num_epochs
         return raised and run.train.schedule == "constant"
-    return key in ("run_dir", "data.dir", "data.source") or key.startswith(
-        ("checkpoint.", "figures.")
-    )
+    free = "run_dir compilation_cache data.dir data.source checkpoint. figures."
+    return key.startswith(tuple(free.split()))
 
 
 def check_resumable(run: Config, asked: Config) -> None:

@@ -7,6 +7,7 @@ JAX, so that a command can look at a run folder before it decides to load anythi
 import contextlib
 import datetime
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -86,16 +87,29 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def cpu_model() -> str:
-    """The processor's name, as the system tells it."""
+def _cpuinfo(field: str) -> str:
+    """What Linux tells of the first core; elsewhere the processor's bare name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [
-            line.split(":", 1)[1].strip() for line in lines if "model name" in line
-        ]
-        return models[0]
-    except (OSError, IndexError):
+        return next(line.split(": ")[1] for line in lines if line.startswith(field))
+    except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system tells it."""
+    return _cpuinfo("model name")
+
+
+def compilation_cache_dir() -> Path:
+    """The user's folder of compiled programs, for this jaxlib on this processor.
+
+    Machine code for another processor's flags may not run, or round otherwise.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    flags = hashlib.sha256(_cpuinfo("flags").encode()).hexdigest()[:12]
+    jaxlib = importlib.metadata.version("jaxlib")
+    return Path(home) / "ae_jax" / f"xla-{jaxlib}-{flags}"
 
 
 def git_commit() -> str | None:
@@ -235,7 +249,7 @@ def read_rows(run_dir: Path) -> list[Row]:
 
 
 class Board:
-    """The run's TensorBoard log, written anew from ``rows`` on each start."""
+    """The run's TensorBoard log: written anew, then added to."""
 
     def __init__(self, run_dir: Path, rows: list[Row]) -> None:
         # Imported here: it takes a second where PyTorch is installed, which it loads.
@@ -246,6 +260,8 @@ class Board:
         self._writer = SummaryWriter(str(folder), flush_secs=5)
         for row in rows:
             self.add_row(row)
+        for path in (run_dir / "figures").glob("*.png"):
+            self.add_figure(path)
 
     def add_row(self, row: Row) -> None:
         """Log an epoch's numbers against its step."""
@@ -253,11 +269,11 @@ class Board:
             if name not in ("epoch", "step"):
                 self._writer.add_scalar(name, value, row["step"])
 
-    def add_figure(self, name: str, path: Path) -> None:
+    def add_figure(self, path: Path) -> None:
         """Log a figure's PNG."""
         with PIL.Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
-        self._writer.add_image(f"figures/{name}", pixels, dataformats="HWC")
+        self._writer.add_image(f"figures/{path.stem}", pixels, dataformats="HWC")
 
     def close(self) -> None:
         """Write what is still held back."""

@@ -6,6 +6,7 @@ only way to rebuild a run from its folder; nothing here writes to one but :func:
 
 import functools
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +122,8 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
 def build(settings: Config, num_train: int, num_pixels: int) -> Program:
     """The model, the optimiser and the train step of a config.
 
-    Turns 64-bit floats on or off in the whole process, as the config's precision asks.
+    Turns 64-bit floats and the cache of compiled programs on or off in the whole
+    process, as the config asks; ``JAX_COMPILATION_CACHE_DIR`` names another cache.
 
     Args:
         settings: the run's config.
@@ -132,6 +134,11 @@ def build(settings: Config, num_train: int, num_pixels: int) -> Program:
         UserError: no such model or loss.
     """
     jax.config.update("jax_enable_x64", settings.train.precision == "float64")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    cache = cache or str(records.compilation_cache_dir())
+    used = cache if settings.compilation_cache else None
+    jax.config.update("jax_compilation_cache_dir", used)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     program: Program = _build(settings.model, settings.train, (num_train, num_pixels))
     return program
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -135,6 +136,12 @@ class Trainer:
         self._program = run.build(settings, *images.shape)
         self._shuffle = key_for(settings.train.seed, Purpose.SHUFFLE)
         self._describe(experiment, description)
+        # Compiling takes seconds, each on one core: it begins while the main thread
+        # still chooses and draws images.
+        pool = ThreadPoolExecutor()
+        self._compiled = pool.submit(self._compile)
+        self._first_state = pool.submit(self._program.init)
+        pool.shutdown(wait=False)
         self._write_pictures()
         self._history: History = {"rows": [], "epoch_s": 0.0, "wall_s": 0.0}
 
@@ -146,7 +153,6 @@ class Trainer:
             return False
         summary = records.read_json(path)
         if summary["epochs"] < self.config.train.num_epochs and not summary["stopped"]:
-            path.unlink()  # the run goes on, so that this is no longer its summary
             return False
         print(
             f"{self.folder} is finished after {summary['epochs']} epochs: test/mse "
@@ -172,6 +178,8 @@ class Trainer:
             if warning:
                 print(f"warning: {self.folder}: {warning}", file=sys.stderr)
             known["config"] = now["config"]
+        # If there is one, the run goes on, and it is no longer the run's summary.
+        (self.folder / "summary.json").unlink(missing_ok=True)
         records.write_json(self.folder / "config.json", description)
 
     def _write_pictures(self) -> None:
@@ -206,35 +214,22 @@ class Trainer:
             UserError: the newest checkpoint is damaged, or the disk is full.
         """
         settings = self.config
-        num_epochs, per_epoch = settings.train.num_epochs, self._program.steps_per_epoch
         folder = self.folder / "checkpoints"
-        with (
-            Checkpoints(folder, settings.checkpoint.keep) as self._checkpoints,
-            contextlib.ExitStack() as stack,
-        ):
+        last_step = settings.train.num_epochs * self._program.steps_per_epoch
+        with Checkpoints(folder, settings.checkpoint.keep) as self._checkpoints:
             state = self._restore_or_init()
-            first_step = int(state.step)
-            images = jax.device_put(self._dataset.train.images)
-            chunk = make_train_chunk(self._program.train_step)
-            order = self._program.order(self._shuffle, 0)
-            # Compiled ahead, so that the first epoch's time is that of its steps.
-            compiled = chunk.lower(state, images, order, 1).compile()
-            num_images = len(images)
-            self._progress = Progress(
-                num_images * num_epochs,
-                num_images * first_step // per_epoch,
-                num_epochs,
-            )
-            stack.callback(self._progress.close)
-            self._signals = stack.enter_context(signals_noted())
-            state = fit(
-                state,
-                lambda state, order, stop: compiled(state, images, order, stop),
-                lambda epoch: self._program.order(self._shuffle, epoch),
-                num_epochs * per_epoch,
-                settings.checkpoint.every_steps,
-                self._after_chunk,
-            )
+            if self._out_of_patience():
+                last_step = int(state.step)
+            images, compiled = self._compiled.result()
+            with self._show_progress(state), signals_noted() as self._signals:
+                state = fit(
+                    state,
+                    lambda state, order, stop: compiled(state, images, order, stop),
+                    lambda epoch: self._program.order(self._shuffle, epoch),
+                    last_step,
+                    settings.checkpoint.every_steps,
+                    self._after_chunk,
+                )
             step = int(state.step)
         if self._signals:
             print(
@@ -244,20 +239,44 @@ class Trainer:
             )
             sys.exit(128 + self._signals[0])
 
+    def _compile(self) -> tuple[jax.Array, jax.stages.Compiled]:
+        """The training images on the device, and the program that trains on them."""
+        images = jax.device_put(self._dataset.train.images)
+        order = jax.eval_shape(self._program.order, self._shuffle, 0)
+        state = jax.eval_shape(self._program.init)
+        chunk = make_train_chunk(self._program.train_step)
+        return images, chunk.lower(state, images, order, 0).compile()
+
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint's state, or the first; rewrites the logs to match."""
         steps = self._checkpoints.steps
+        state: TrainState
         if steps:
             abstract = checkpoint.abstract_like(self._program.init)
-            state: TrainState
             state, self._history = self._checkpoints.load(abstract, steps[-1])
             print(f"{self.folder}: going on from step {steps[-1]}", file=sys.stderr)
         else:
-            state = self._program.init()
+            state = self._first_state.result()
         self._wall_before = self._history["wall_s"]
-        self._last_step = int(state.step)
         records.write_rows(self.folder, self._history["rows"])
         return state
+
+    @contextlib.contextmanager
+    def _show_progress(self, state: TrainState) -> Iterator[None]:
+        num_epochs, self._last_step = self.config.train.num_epochs, int(state.step)
+        total = num_epochs * len(self._dataset.train.images)
+        done = self._images_until(self._last_step)
+        self._progress = Progress(total, done, num_epochs)
+        try:
+            yield
+        finally:
+            self._progress.close()
+
+    def _images_until(self, step: int) -> int:
+        """Images trained on in the first steps; an epoch's last batch is short."""
+        epochs, steps = divmod(step, self._program.steps_per_epoch)
+        num_images = len(self._dataset.train.images)
+        return epochs * num_images + steps * self.config.train.batch_size
 
     def _after_chunk(self, state: TrainState, step: int, seconds: float) -> bool:
         """Log, save and judge what the last steps did; whether to go on."""
@@ -270,7 +289,7 @@ class Trainer:
         self._check_finite(metrics, step - done)
         self._history.setdefault("first_step_s", time.monotonic() - self._started)
         self._history["epoch_s"] += seconds
-        num_images = (step - self._last_step) * self.config.train.batch_size
+        num_images = self._images_until(step) - self._images_until(self._last_step)
         self._last_step = step
         self._progress.update(num_images, metrics["loss"][-1])
         end_of_epoch = done == per_epoch
@@ -316,7 +335,9 @@ class Trainer:
         rows.append(row)
         self._history["epoch_s"] = 0.0
         records.write_rows(self.folder, rows)
-        if self._board:
+        if self._board is None:
+            self._board = records.Board(self.folder, rows)
+        else:
             self._board.add_row(row)
         self._progress.tell_epoch(row, loss, self.config.model.code_width)
         dead = [0] + [row["code/dead_units"] for row in rows]
@@ -361,9 +382,8 @@ class Trainer:
     def draw(self, name: str) -> None:
         """Draw one of :data:`run.FIGURES` into the run folder and its TensorBoard."""
         path = run.draw(self.folder, name)
-        if self._board is None:
-            self._board = records.Board(self.folder, self._history["rows"])
-        self._board.add_figure(name, path)
+        if self._board:  # opened after the first epoch, with the figures drawn by then
+            self._board.add_figure(path)
 
     def summarise(self) -> Row:
         """Score the newest checkpoint on the whole test split; write summary.json.

@@ -5,6 +5,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,13 @@ install_import_hook("ae_jax", "beartype.beartype")
 
 import jax
 
+# The user's cache of compiled programs is none of the tests' business.
+_cache = tempfile.TemporaryDirectory(prefix="ae_jax-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+jax.config.update("jax_compilation_cache_dir", _cache.name)
+
 from ae_jax import data
-from ae_jax.config import Config, DataConfig, FiguresConfig, TrainConfig
+from ae_jax.config import DataConfig
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -34,14 +40,3 @@ def _single_precision():
 def mnist() -> data.Dataset:
     """The real MNIST, prepared once in the project's own data folder."""
     return data.load(DataConfig(dir=ROOT / "data"))
-
-
-@pytest.fixture
-def digits_config(tmp_path) -> Config:
-    """A small run: 3 epochs of 23 steps on the bundled digits."""
-    return Config(
-        run_dir=tmp_path / "run",
-        data=DataConfig(name="digits"),
-        train=TrainConfig(num_epochs=3),
-        figures=FiguresConfig(epochs=(1, 3)),
-    )

@@ -30,7 +30,7 @@ def small(folder, **train) -> Config:
         run_dir=folder,
         data=DataConfig(name="digits"),
         model=ModelConfig(hidden=(16, 8), code_activation="leaky_relu"),
-        train=TrainConfig(**{"num_epochs": 3, **train}),
+        train=TrainConfig(**{"num_epochs": 3, "seed": 0, **train}),
         figures=FiguresConfig(epochs=(1, 3)),
     )
 
