@@ -5,13 +5,16 @@ A checkpoint is one atomic step of Orbax that holds ``state`` (arrays) and ``rec
 history, checked after loading, because Orbax does not notice flipped bits in arrays.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
 import logging
+import os
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -54,6 +57,19 @@ def abstract_like(make: Any) -> Any:
     )
 
 
+@contextlib.contextmanager
+def _disks_refusals(folder: Path) -> Iterator[None]:
+    """Raise as OSError what TensorStore raises as ValueError: a full disk, say."""
+    try:
+        yield
+    except Exception as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if not code:
+            raise
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
 class Checkpoints:
     """The checkpoints of one run folder.
 
@@ -92,7 +108,12 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._checkpointer.close()
+        with _disks_refusals(self.folder):
+            try:
+                self._checkpointer.close()
+            except Exception:
+                if error is None:  # else it only repeats what is already on its way
+                    raise
 
     def should_preserve(
         self, checkpoints: Sequence[Any], *, context: Any
@@ -117,6 +138,9 @@ class Checkpoints:
             state: anything with a ``step``; copied to the host before this returns.
             history: JSON of what was logged so far.
             pinned: steps to keep beside the newest: the best, those of the figures.
+
+        Raises:
+            OSError: the disk refused this save, or the one before.
         """
         step = int(state.step)
         if step in self.steps:
@@ -127,9 +151,10 @@ class Checkpoints:
             "digests": digest_leaves(state),
             "history_digest": _digest_history(history),
         }
-        self._checkpointer.save_checkpointables_async(
-            step, {"state": state, "record": record}, force=True
-        )
+        with _disks_refusals(self.folder):
+            self._checkpointer.save_checkpointables_async(
+                step, {"state": state, "record": record}, force=True
+            )
 
     def load(self, abstract: T, step: int) -> tuple[T, History]:
         """The state and the history of a step, checked against their digests.

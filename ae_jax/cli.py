@@ -17,9 +17,9 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from ae_jax import config as configs
-from ae_jax.config import Config, UserError
+from ae_jax.config import RunConfig, UserError
 
-C = TypeVar("C", bound=Config)
+C = TypeVar("C", bound=RunConfig)
 
 STARTED = time.monotonic()
 """When the command began, near enough: this module is the first that it imports."""
@@ -63,6 +63,7 @@ def exit_with(action: Callable[[], None]) -> NoReturn:
 def _explain(error: OSError) -> str:
     remedy = {
         errno.ENOSPC: "make room, and give the same command again",
+        errno.EFBIG: "make room, and give the same command again",
         errno.EDQUOT: "make room, and give the same command again",
         errno.EACCES: "choose a place that you may write to",
         errno.EPERM: "choose a place that you may write to",

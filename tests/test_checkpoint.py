@@ -1,5 +1,7 @@
+import errno
 import json
 import os
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ def make_state(step=0):
     )
 
 
+KEY = jax.random.key(0)
 ABSTRACT = abstract_like(make_state)
 
 
@@ -148,3 +151,22 @@ def test_a_reader_leaves_an_unfinished_step_alone_and_a_writer_clears_it(tmp_pat
     assert unfinished.exists()
     save(tmp_path, [3])
     assert not unfinished.exists()
+
+
+def test_what_the_disk_refuses_is_an_os_error_and_leaves_earlier_steps_sound(tmp_path):
+    save(tmp_path, [1])
+    big = make_state(2)._replace(params={"w": jax.random.normal(KEY, (500, 500))})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with (
+            pytest.raises(OSError, match="too large") as caught,
+            Checkpoints(tmp_path, 1) as checkpoints,
+        ):
+            checkpoints.save(big, history(2), set())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path)
+    save(tmp_path, [3])
+    assert digest_leaves(load(tmp_path, 3)[0]) == digest_leaves(make_state(3))

@@ -15,15 +15,8 @@ from test_trainer import assert_same_end
 from ae_jax import records, run
 
 SMALL = [
-    "--preset",
-    "quick",
-    "--train.seed",
-    "0",
-    "--train.num-epochs",
-    "40",
-    "--model.hidden",
-    "16",
-    "8",
+    *("--preset", "quick", "--train.seed", "0", "--train.num-epochs", "15"),
+    *("--model.hidden", "16", "8"),
 ]
 
 
@@ -59,8 +52,8 @@ def test_tutorial_ends_in_scores_and_figures(finished):
     assert "test, PCA of 3 components" in shown
     assert "dead code units: " in shown
     lines = [line for line in shown.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 40
-    assert lines[-1].startswith("epoch 40/40  train/mse 0.0")
+    assert len(lines) == 15
+    assert lines[-1].startswith("epoch 15/15  train/mse 0.0")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +74,7 @@ def test_a_disturbed_run_ends_as_an_undisturbed_one(finished, tmp_path, signum, 
     assert process.returncode == status
     assert "Traceback" not in told
     step = run.open_run(tmp_path / "run").step
-    assert 0 < step < 40 * 23
+    assert 0 < step < 15 * 23
     again = command(*args)
     assert again.returncode == 0, again.stderr
     assert f"going on from step {step}" in again.stderr
@@ -91,7 +84,7 @@ def test_a_disturbed_run_ends_as_an_undisturbed_one(finished, tmp_path, signum, 
 def test_a_finished_command_says_so(finished):
     again = command(*tutorial(finished[0]))
     assert (again.returncode, again.stderr) == (0, "")
-    assert "is finished after 40 epochs" in again.stdout
+    assert "is finished after 15 epochs" in again.stdout
 
 
 def test_the_runs_own_config_starts_it_again_elsewhere(finished, tmp_path):
