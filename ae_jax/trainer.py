@@ -250,6 +250,7 @@ class Trainer:
             print(f"{self.folder}: going on from step {steps[-1]}", file=sys.stderr)
         else:
             state = self._first_state.result()
+        del self._first_state  # lest a resumed run carry it along
         self._wall_before = self._history["wall_s"]
         records.write_rows(self.folder, self._history["rows"])
         return state
@@ -328,10 +329,10 @@ class Trainer:
         rows.append(row)
         self._history["epoch_s"] = 0.0
         records.write_rows(self.folder, rows)
-        if self._board is None:
-            self._board = records.Board(self.folder, rows)
-        else:
+        if self._board:
             self._board.add_row(row)
+        else:  # not before: where PyTorch is installed, it takes seconds to open
+            self._board = records.Board(self.folder, rows)
         self._progress.tell_epoch(row, loss, self.config.model.code_width)
         dead = [0] + [row["code/dead_units"] for row in rows]
         if dead[-1] != dead[-2]:  # told when it happens, and again in the end
@@ -375,8 +376,10 @@ class Trainer:
     def draw(self, name: str) -> None:
         """Draw one of :data:`run.FIGURES` into the run folder and its TensorBoard."""
         path = run.draw(self.folder, name)
-        if self._board:  # opened after the first epoch, with the figures drawn by then
+        if self._board:
             self._board.add_figure(path)
+        elif self._history["rows"]:  # resumed when only the end was missing
+            self._board = records.Board(self.folder, self._history["rows"])
 
     def summarise(self) -> Row:
         """Score the newest checkpoint on the whole test split; write summary.json.
