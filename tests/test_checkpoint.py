@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import resource
+import time
 
 import jax
 import jax.numpy as jnp
@@ -129,17 +130,26 @@ def test_a_damaged_checkpoint_is_refused_or_loads_what_was_saved(tmp_path, damag
 
 
 def test_a_changed_value_names_its_leaf(tmp_path):
-    with Checkpoints(tmp_path, 1) as checkpoints:
-        checkpoints.save(make_state(5), history(5), set())
+    save(tmp_path, [5])
     path = tmp_path / "5" / "record" / "data.json"
     record = json.loads(path.read_text())
     record["digests"][".params['w']"] = "0" * 64
     path.write_text(json.dumps(record))
-    with (
-        Checkpoints(tmp_path) as checkpoints,
-        pytest.raises(UserError, match=r"\.params\['w'\] is not what was saved"),
-    ):
-        checkpoints.load(ABSTRACT, 5)
+    with pytest.raises(UserError, match=r"\.params\['w'\] is not what was saved"):
+        load(tmp_path, 5)
+
+
+def test_a_changed_history_is_refused(tmp_path):
+    save(tmp_path, [5])
+    path = tmp_path / "5" / "record" / "data.json"
+    record = json.loads(path.read_text())
+    record["history"]["rows"][0]["train/mse"] += 1e-16
+    path.write_text(json.dumps(record))
+    load(tmp_path, 5)  # too small a change to be one
+    record["history"]["rows"][0]["train/mse"] += 1e-12
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="the history is not what was saved"):
+        load(tmp_path, 5)
 
 
 def test_a_reader_leaves_an_unfinished_step_alone_and_a_writer_clears_it(tmp_path):
@@ -148,6 +158,7 @@ def test_a_reader_leaves_an_unfinished_step_alone_and_a_writer_clears_it(tmp_pat
     os.makedirs(unfinished / "state")
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [1]
+        time.sleep(0.3)  # Orbax clears in the background
     assert unfinished.exists()
     save(tmp_path, [3])
     assert not unfinished.exists()

@@ -83,14 +83,10 @@ def test_each_change_of_surroundings_is_recorded_once():
     assert len(description["history"]) == 2
 
 
-def test_bits_depend_on_the_cores_that_a_process_may_use():
-    usable = os.sched_getaffinity(0)
-    assert records.usable_cores() == len(usable)
-    try:
-        os.sched_setaffinity(0, {min(usable)})
-        assert records.usable_cores() == 1
-    finally:
-        os.sched_setaffinity(0, usable)
+def test_bits_depend_on_the_cores_that_a_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3}, raising=False)
+    assert records.usable_cores() == 1
+    assert describe()["device"]["cpu_cores"] == 1
 
 
 def test_compiled_programs_are_kept_apart_by_jaxlib_and_processor(monkeypatch):

@@ -260,7 +260,7 @@ def test_double_precision_reaches_the_optimiser_and_the_metrics():
 
 
 def fit_and_record(save_every, until, on_chunk=lambda *_: True):
-    program, stops = program_of(), []
+    program, stops, epochs = program_of(), [], []
 
     def record(state, step, seconds):
         stops.append(step)
@@ -268,14 +268,19 @@ def fit_and_record(save_every, until, on_chunk=lambda *_: True):
         assert seconds > 0
         return on_chunk(state, step, seconds)
 
+    def order_at(epoch):
+        epochs.append(epoch)
+        return program.order(SHUFFLE, epoch)
+
     state = fit(
         initial(program),
         lambda state, order, stop: chunk_of(program)(state, IMAGES, order, stop),
-        lambda epoch: program.order(SHUFFLE, epoch),
+        order_at,
         until,
         save_every,
         record,
     )
+    assert epochs == list(range(-(-int(state.step) // 4)))  # each its own order
     return state, stops
 
 
