@@ -19,6 +19,7 @@ import matplotlib.style
 import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -193,6 +194,67 @@ def _draw_curve(
     marker = "o" if len(epochs) <= 25 else ""
     (line,) = axes.plot(epochs, losses, linestyle, marker=marker, label=label)
     return line
+
+
+@matplotlib.style.context(STYLE)
+def divergence(
+    curves: Mapping[str, Curve], title: str, limits: Sequence[tuple[int, float]] = ()
+) -> Figure:
+    """How two trainings drift apart, on logarithmic axes.
+
+    Args:
+        curves: by name, steps from 1 on and the difference after each; a difference of
+            0, which has no logarithm, is left out.
+        title: what differs.
+        limits: step and largest difference allowed there.
+    """
+    figure = Figure((8, 5.5), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left")
+    axes.set_xlabel("Number of steps")
+    axes.set(xscale="log", yscale="log")
+    for name, (steps, values) in curves.items():
+        kept = [i for i, value in enumerate(values) if value > 0]
+        curve = [steps[i] for i in kept], [values[i] for i in kept]
+        _draw_curve(axes, curve, label=name)
+    if limits:
+        axes.plot(*zip(*limits, strict=True), "_k", ms=24, mew=2, label="limit")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", frameon=False)
+    return figure
+
+
+@matplotlib.style.context(STYLE)
+def outcomes(sides: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) -> Figure:
+    """The scores of many runs of some sides, a dot each.
+
+    Args:
+        sides: by side, from the top, its scores by outcome, such as ``healthy``; the
+            first outcome's mean is marked.
+        xlabel: what the scores are.
+    """
+    figure = Figure((8, 1.5 + 1.5 * len(sides)), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    names = list(dict.fromkeys(name for side in sides.values() for name in side))
+    for row, side in enumerate(sides.values()):
+        for index, name in enumerate(side):
+            scores = np.sort(side[name])
+            # Neighbours in score stand one over the other, so that few dots overlap.
+            height = row + (np.arange(len(scores)) % 9 - 4) * 0.08
+            # Named "C0", a colour would be looked up when drawn, in another style.
+            colour, label = to_hex(f"C{names.index(name)}"), None if row else name
+            axes.plot(scores, height, "o", color=colour, alpha=0.7, label=label)
+            if index == 0 and len(scores):
+                axes.plot([scores.mean()] * 2, [row - 0.4, row + 0.4], "k", lw=1.5)
+    axes.set_yticks(range(len(sides)), list(sides))
+    axes.set_ylim(len(sides) - 0.5, -0.5)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="y", visible=False)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower left", frameon=False, ncols=len(names)
+    )
+    return figure
 
 
 @matplotlib.style.context("default")

@@ -171,6 +171,21 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     return description
 
 
+def check_experiment(
+    run_dir: Path, description: dict[str, Any], experiment: str
+) -> None:
+    """Refuse to go on with another experiment's run.
+
+    Raises:
+        UserError: ``description`` is that of another experiment.
+    """
+    if description["experiment"] != experiment:
+        raise UserError(
+            f"{run_dir} holds a run of experiments.{description['experiment']}; choose "
+            "another --run-dir"
+        )
+
+
 def note_surroundings(description: dict[str, Any], now: dict[str, Any]) -> str | None:
     """Record in a run's description that it goes on in other surroundings.
 

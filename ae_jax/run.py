@@ -265,10 +265,11 @@ def describe(
 
 
 def _no_checkpoint(folder: Path) -> UserError:
-    return UserError(
-        f"{folder}: no checkpoint yet; give the run's command again and let it finish "
-        "an epoch"
-    )
+    if (folder / "weights.safetensors").exists():  # PyTorch's side saves no more
+        remedy = f"scripts/convert.py makes a run of {folder / 'weights.safetensors'}"
+    else:
+        remedy = "give the run's command again and let it finish an epoch"
+    return UserError(f"{folder}: no checkpoint; {remedy}")
 
 
 def _as_step(which: str | int) -> int:

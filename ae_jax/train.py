@@ -7,6 +7,7 @@ up step t, and every draw in it, follow from the seed and t alone.
 """
 
 import enum
+import math
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from ae_jax.config import TrainConfig
 from ae_jax.losses import Objective, Params
@@ -32,7 +33,7 @@ class Purpose(enum.IntEnum):
     SAMPLES = 3
 
 
-def key_for(seed: int, purpose: Purpose) -> Key[Array, ""]:
+def key_for(seed: int | UInt32[Array, ""], purpose: Purpose) -> Key[Array, ""]:
     """The key of all draws of one purpose under one seed."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
@@ -74,6 +75,52 @@ def make_schedule(config: TrainConfig, num_steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), after], [rise])
 
 
+def scale_by_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Adam's direction, its bias correction exact to rounding in float32 too.
+
+    Optax subtracts 1 − β^t; in float32 that has a relative error of up to 1e-5 while
+    β^t is near 1. As −expm1(t log β) it costs the same, and a float32 run follows
+    PyTorch's, which computes it in float64, for ten times as many steps.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the denominator, outside the root.
+
+    Returns:
+        A transformation with the state of ``optax.scale_by_adam``.
+
+    Source:
+        Kingma and Ba, "Adam: a method for stochastic optimization", ICLR 2015,
+        algorithm 1; PyTorch ``optim.Adam``.
+    """
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        zeros = [optax.tree.zeros_like(params) for _ in range(2)]
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *zeros)
+
+    def update(
+        grads: optax.Updates, state: optax.ScaleByAdamState, params: object = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+
+        def direction(m: Array, v: Array) -> Array:
+            t = count.astype(m.dtype)
+            m_hat = m / -jnp.expm1(t * math.log(b1))
+            v_hat = v / -jnp.expm1(t * math.log(b2))
+            return m_hat / (jnp.sqrt(v_hat) + eps)
+
+        updates = jax.tree.map(direction, mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_tx(
     config: TrainConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
@@ -84,7 +131,9 @@ def make_tx(
         defaults (β 0.9 and 0.999, ε 1e-8 outside the root).
     """
     decay, norm = config.weight_decay, config.clip_norm
-    tx = optax.adamw(schedule, weight_decay=decay) if decay else optax.adam(schedule)
+    rate = optax.scale_by_learning_rate(schedule)
+    decayed = [optax.add_decayed_weights(decay)] if decay else []
+    tx = optax.chain(scale_by_adam(), *decayed, rate)
     return optax.chain(optax.clip_by_global_norm(norm), tx) if norm else tx
 
 
@@ -160,6 +209,44 @@ def make_train_chunk(train_step: TrainStep) -> jax.stages.Wrapped:
         return after
 
     return jax.jit(chunk, donate_argnums=0)
+
+
+MEMBERS = TrainState(step=None, params=0, opt_state=0, key=0, epoch_metrics=0)  # type: ignore[arg-type]
+"""Axes of the states of many seeds in one: they share the step, and nothing else."""
+
+
+def make_members_chunk(train_step: TrainStep) -> jax.stages.Wrapped:
+    """A train chunk of many seeds at once, in one program.
+
+    Returns:
+        ``chunk(states, images [N, D], order [S, T, B], stop) -> states``, jitted, the
+        states donated: what :func:`make_train_chunk`'s does, for each member with the
+        epoch's order of its own seed.
+    """
+    chunk = make_train_chunk(train_step)
+    members = jax.vmap(chunk, in_axes=(MEMBERS, None, 0, None), out_axes=MEMBERS)
+    return jax.jit(members, donate_argnums=0)
+
+
+def init_members(
+    state: TrainState,
+    init_params: Callable[[Key[Array, ""]], Params],
+    seeds: UInt32[Array, " S"],
+) -> TrainState:
+    """The states of many seeds before the first step, as :func:`init_state` has each.
+
+    Args:
+        state: that of any seed, untrained; all that depends on the seed is replaced.
+        init_params: draws the parameters from a key.
+        seeds: of all draws, one for each member.
+    """
+
+    def init(seed: UInt32[Array, ""]) -> TrainState:
+        params = init_params(key_for(seed, Purpose.INIT))
+        return state._replace(params=params, key=key_for(seed, Purpose.STEP))
+
+    states: TrainState = jax.jit(jax.vmap(init, out_axes=MEMBERS))(seeds)
+    return states
 
 
 def epoch_order(

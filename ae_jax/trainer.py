@@ -119,6 +119,7 @@ class Trainer:
         description: dict[str, Any] | None = None
         if (self.folder / "config.json").exists():
             description = records.read_description(self.folder)
+            records.check_experiment(self.folder, description, experiment)
             was = run.read_config(self.folder, description, type(settings))
             config.check_resumable(was, settings)
         self.finished = self._is_finished()
@@ -155,15 +156,7 @@ class Trainer:
 
     def _describe(self, experiment: str, known: dict[str, Any] | None) -> None:
         """Write config.json, or bring that of the run's start up to date."""
-        devices = jax.devices()
-        about = {
-            "fingerprint": self._dataset.fingerprint,
-            "source": self._dataset.source,
-            "num_train": len(self._dataset.train.images),
-            "shape": list(self._dataset.shape),
-        }
-        device = {"kind": devices[0].device_kind, "count": len(devices)}
-        now = records.describe(experiment, self.config, device, about)
+        now = run.describe(experiment, self.config, self._dataset)
         description = known or now
         if known:
             run.check_fingerprint(self.folder, self._dataset)

@@ -56,9 +56,9 @@ def _final_metrics(path: Path) -> dict[str, Any]:
 
 
 def _print_differences(fields: dict[Path, dict[str, Any]]) -> None:
-    keys = dict.fromkeys(key for values in fields.values() for key in values)
-    for key in keys:
-        values = [str(values.get(key)) for values in fields.values()]
+    first, *others = fields.values()
+    for key in (key for key in first if all(key in values for values in others)):
+        values = [str(values[key]) for values in fields.values()]
         if key != "run_dir" and len(set(values)) > 1:
             print(f"{key}: {', '.join(values)}")
 

@@ -79,7 +79,7 @@ def test_a_folder_without_run_or_checkpoint_says_so(tmp_path, trained):
     with pytest.raises(UserError, match="not a run folder"):
         run.open_run(tmp_path)
     (tmp_path / "config.json").write_text((trained / "config.json").read_text())
-    with pytest.raises(UserError, match="no checkpoint yet"):
+    with pytest.raises(UserError, match="no checkpoint; give"):
         run.open_run(tmp_path)
 
 
