@@ -113,7 +113,7 @@ class TrainConfig:
     """Gradients with a larger global norm are scaled down to this one."""
     patience: int | None = None
     """Stop after this many epochs without a better validation loss."""
-    seed: int = 4
+    seed: int = 0
     """Seed of every draw: initial weights, order of the images, noise."""
     precision: Literal["float32", "float64"] = "float32"
     """Number format of parameters, optimiser and arithmetic."""

@@ -240,10 +240,12 @@ def outcomes(sides: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) ->
         for index, name in enumerate(side):
             scores = np.sort(side[name])
             # Neighbours in score stand one over the other, so that few dots overlap.
-            height = row + (np.arange(len(scores)) % 9 - 4) * 0.08
+            place = np.arange(len(scores)) % 9 - min(len(scores) - 1, 8) / 2
             # Named "C0", a colour would be looked up when drawn, in another style.
             colour, label = to_hex(f"C{names.index(name)}"), None if row else name
-            axes.plot(scores, height, "o", color=colour, alpha=0.7, label=label)
+            axes.plot(
+                scores, row + 0.08 * place, "o", color=colour, alpha=0.7, label=label
+            )
             if index == 0 and len(scores):
                 axes.plot([scores.mean()] * 2, [row - 0.4, row + 0.4], "k", lw=1.5)
     axes.set_yticks(range(len(sides)), list(sides))

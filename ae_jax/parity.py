@@ -251,7 +251,7 @@ def verdict(found: Mapping[str, Any], margin: float) -> list[str]:
     """
     counts = [
         _on_count(found, "collapsed", "collapsed"),
-        _on_count(found, "part_dead", "had one or two of their code units dead"),
+        _on_count(found, "part_dead", "had some of their code units dead, not all"),
     ]
     if found["low"] is None:
         return ["Too few healthy runs to compare their test MSE.", *counts]
@@ -263,7 +263,7 @@ def _on_mean(found: Mapping[str, Any], margin: float) -> str:
     seen = (
         f"The mean test MSE of our {found['ours']['healthy']} healthy runs differs "
         f"from that of PyTorch's {found['theirs']['healthy']} by "
-        f"{found['difference']:+.1%} (90 % interval {found['low']:+.1%} to "
+        f"{found['difference']:+.1%} (90% interval {found['low']:+.1%} to "
         f"{found['high']:+.1%}; TOST p = {found['tost_p']:.2g})"
     )
     if found["tost_p"] < ALPHA:
@@ -296,6 +296,6 @@ def _on_count(found: Mapping[str, Any], outcome: str, words: str) -> str:
 
     return (
         f"Of our runs {share('ours')} {words}, of PyTorch's {share('theirs')}; in "
-        "brackets what the true share may be, at 95 % confidence. Fisher's exact test "
+        "brackets what the true share may be, at 95% confidence. Fisher's exact test "
         f"of the two counts: p = {found[f'{outcome}_p']:.2g}."
     )

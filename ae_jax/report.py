@@ -8,6 +8,7 @@ alone: neither JAX nor PyTorch is imported.
 import base64
 import html
 import math
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,7 +77,7 @@ PITFALLS = [
     ),
     Pitfall(
         "Adam's bias correction",
-        "Left out, counted from 0, or rounded: 1 − β^t in float32 is off by 1e-5 in "
+        "Left out, counted from 0, or rounded: 1 − βᵗ in float32 is off by 1e-5 in "
         "the first steps, which is Optax's way.",
         "−expm1(t log β).",
         "tests/test_parity.py::test_bias_correction_is_exact_in_single_precision",
@@ -201,7 +202,7 @@ th { text-align: left; border-bottom: 2px solid #444; }
 th, td { padding: 0.3rem 0.9rem 0.3rem 0; vertical-align: top; }
 td { border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }
 img { width: 100%; margin: 0.5rem 0; } .failed { color: #b00020; font-weight: bold; }
-code { font-size: 0.85em; overflow-wrap: anywhere; }
+code { font-size: 0.9em; }
 """
 
 
@@ -349,7 +350,7 @@ def _on_drift(found: Found) -> str:
         "In float32 rounding is half a billion times coarser, and the same growth "
         "makes them two different trainings within an epoch or two. PyTorch parts from "
         "itself in the same way: two threads add up in another order than one. Optax's "
-        "bias correction, 1 − β^t in float32, disturbs more than all other rounding; "
+        "bias correction, 1 − βᵗ in float32, disturbs more than all other rounding; "
         "ours, −expm1(t log β), does not, at no cost."
     )
     header = ["Largest relative difference of a loss within steps", *map(str, marks)]
@@ -364,13 +365,15 @@ def _on_runs(config: Found, found: Found) -> str:
         scores = ["–" if runs[k] is None else f"{runs[k]:.5f}" for k in ("mean", "sd")]
         rows.append([name, *counts, *scores])
     header = ["", "runs", "healthy", "part-dead", "collapsed", "mean test MSE", "sd"]
+    num_epochs = config["train"]["num_epochs"]
     text = (
-        f"Seeds 0 to {config['num_seeds'] - 1} a side, {config['train']['num_epochs']} "
-        "epochs each, weights and order drawn by each side's own generator: single "
-        "runs cannot be compared, their distributions can. A run is healthy if every "
-        "unit of its code is in use on the test split; mean and sd are of healthy "
-        "runs. Fixed beforehand were the seeds, of which none is left out, and the "
-        f"difference in mean test MSE that counts as none, ±{config['margin']:.0%}."
+        f"Seeds 0 to {config['num_seeds'] - 1} a side, trained for {num_epochs} "
+        f"epoch{'s' * (num_epochs > 1)}, weights and order drawn by each side's own "
+        "generator: single runs cannot be compared, their distributions can. A run is "
+        "healthy if every unit of its code is in use on the test split; mean and sd "
+        "are of healthy runs. Fixed beforehand were the seeds, of which none is left "
+        "out, and the difference in mean test MSE that counts as none, "
+        f"±{config['margin']:.0%}."
     )
     words = parity.verdict(found["runs"], config["margin"])
     body = _paragraphs(text) + _table(header, rows) + _paragraphs(*words)
@@ -407,12 +410,17 @@ def _on_speed(description: Found, found: Found) -> str:
 
 def _on_pitfalls() -> str:
     rows = [
-        [*map(html.escape, pitfall[:3]), f"<code>{pitfall.test}</code>"]
+        [*map(html.escape, pitfall[:3]), f"<code>{_breakable(pitfall.test)}</code>"]
         for pitfall in PITFALLS
     ]
     header = ["Where", "What goes wrong", "Here", "Held by the test"]
     text = (
         "<p>And that the lockstep notices such bugs is tested by injecting them, one "
-        f"by one: <code>{CATCHES}</code>.</p>"
+        f"by one: <code>{_breakable(CATCHES)}</code>.</p>"
     )
     return f"<h2>Where ports go wrong</h2>{_table(header, rows)}{text}"
+
+
+def _breakable(name: str) -> str:
+    """A long name that may be broken at its underscores."""
+    return re.sub(r"(_|::)", r"\1<wbr>", name)

@@ -56,7 +56,67 @@ def tutorial() -> str:
     return _markdown(header, rows) + counted
 
 
-TABLES: dict[str, Callable[[], str]] = {"tutorial": tutorial}
+SIDES = {"ours": "ours", "theirs": "PyTorch"}
+CONTENDERS = {
+    "ours": "ours",
+    "item_by_item": "PyTorch, item by item as in the tutorial",
+    "in_memory": "PyTorch, images in memory",
+    "fused": "PyTorch, in memory, fused Adam",
+    "compiled": "PyTorch, in memory, fused Adam, `torch.compile`",
+}
+
+
+def compare_pytorch() -> str:
+    """The same numbers, the same distribution, the speed: a table each."""
+    result = _result("compare_pytorch")
+    parts: dict[str, list[dict[str, Any]]] = {"check": [], "runs": [], "speed": []}
+    for row in result["table"]:
+        parts[row["part"]].append(row)
+    checks = [
+        [row["what"], f"{row['value']:.1e}", f"{row['limit']:.0e}"]
+        for row in parts["check"]
+    ]
+    runs = [
+        [
+            SIDES[row["side"]],
+            *(str(row[name]) for name in ("runs", "healthy", "part_dead", "collapsed")),
+            f"{row['mean']:.4f} ± {row['sd']:.4f}",
+        ]
+        for row in parts["runs"]
+    ]
+    speed = [
+        [CONTENDERS[row["what"]], f"{row['epoch_s']:.2f} s", _ratio(row)]
+        for row in parts["speed"]
+    ]
+    head = result["headline"]
+    tests = (
+        f"\nHealthy runs, TOST within ±3 %: p = {head['tost_p']:.2g}; "
+        f"Kolmogorov–Smirnov: p = {head['ks_p']:.2g}; numbers of collapsed runs, "
+        f"Fisher: p = {head['collapse_fisher_p']:.2g}.\n\n"
+    )
+    return (
+        _markdown(["from the same weights and batches", "found", "limit"], checks)
+        + "\n"
+        + _markdown(
+            ["draws of their own", "runs", "healthy", "a dead unit", "collapsed",
+             "test MSE, healthy"],
+            runs,
+        )
+        + tests
+        + _markdown(["speed, interleaved", "an epoch", "ours is faster by"], speed)
+    )  # fmt: skip
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if "median" not in row:
+        return "–"
+    return f"{row['median']:.1f}× ({row['low']:.1f} to {row['high']:.1f})"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "tutorial": tutorial,
+    "compare_pytorch": compare_pytorch,
+}
 
 
 def fill(text: str) -> str:

@@ -251,6 +251,66 @@ def test_any_name_is_shown_as_it_is():
     assert not any(text.get_parse_math() for text in texts)
 
 
+DRIFT = {
+    "ours": (list(range(1, 101)), [0.0, 0.0, *(1e-8 * 1.1**i for i in range(98))]),
+    "theirs": (list(range(1, 101)), [1e-9] * 100),
+}
+
+
+def test_differences_of_zero_are_left_out_of_a_logarithmic_axis():
+    axes = figures.divergence(DRIFT, "Difference").axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    ours, theirs = axes.lines
+    assert list(ours.get_xdata()) == list(range(3, 101))
+    assert list(ours.get_ydata()) == DRIFT["ours"][1][2:]
+    assert list(theirs.get_ydata()) == DRIFT["theirs"][1]
+
+
+def test_limits_stand_at_their_steps():
+    figure = figures.divergence(DRIFT, "Difference", [(10, 1e-6), (100, 1e-3)])
+    limits = figure.axes[0].lines[-1]
+    assert list(limits.get_xdata()) == [10, 100]
+    assert list(limits.get_ydata()) == [1e-6, 1e-3]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["ours", "theirs", "limit"]
+
+
+OUTCOMES = {
+    "ours": {"healthy": [0.036, 0.034, 0.035], "collapsed": [0.0675] * 12},
+    "theirs": {"healthy": [], "collapsed": [0.0675]},
+}
+
+
+def test_each_run_is_a_dot_of_its_outcomes_colour():
+    (axes,) = figures.outcomes(OUTCOMES, "Test MSE").axes
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    drawn = [list(line.get_xdata()) for line in dots]
+    assert drawn == [[0.034, 0.035, 0.036], [0.0675] * 12, [], [0.0675]]
+    colours = [to_hex(line.get_color()) for line in dots]
+    assert colours[0] == colours[2] != colours[1] == colours[3]
+    # Each side keeps to its own height.
+    heights = [line.get_ydata() for line in dots]
+    assert max(heights[1]) < 0.5 < min(heights[3])
+    means = [line for line in axes.lines if line.get_marker() != "o"]
+    assert [list(line.get_xdata()) for line in means] == [[pytest.approx(0.035)] * 2]
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        figures.divergence(DRIFT, "Difference", [(100, 1e-3)]),
+        figures.divergence({"one": ([938], [1e-15])}, "Difference"),
+        figures.outcomes(OUTCOMES, "Test MSE"),
+    ],
+)
+def test_legend_stands_below_the_axes(figure):
+    renderer = draw(figure)
+    (axes,), (legend,) = figure.axes, figure.legends
+    boxes = [legend.get_window_extent(renderer), axes.bbox]
+    boxes.append(axes.xaxis.label.get_window_extent(renderer))
+    assert_apart(boxes, figure)
+
+
 # Files.
 
 
@@ -266,6 +326,8 @@ def example_figures():
         "curves": figures.loss_curves(
             {f"runs/tutorial-seed-{seed}": (EPOCHS, LOSSES) for seed in range(12)}
         ),
+        "divergence": figures.divergence(DRIFT, "Difference", [(100, 1e-3)]),
+        "outcomes": figures.outcomes(OUTCOMES, "Test MSE"),
     }
 
 
