@@ -13,6 +13,7 @@ the preset ``quick`` takes two to three minutes.
 
 import dataclasses
 import os
+import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -94,13 +95,12 @@ def main(config: Comparison) -> None:
     import experiments.pytorch_baseline  # noqa: F401 - says it if there is no PyTorch
     from experiments import compare_pytorch
 
-    try:
-        compare_pytorch.compare(config)
-    except SystemExit as end:
-        # A signal may come while a program runs on the device in the background; it
-        # must not lose its inputs, as it would while Python takes itself apart.
-        sys.stdout.flush()
-        os._exit(int(end.code or 0))
+    # A signal may come while a program runs on the device in the background, and it
+    # must not lose its inputs while Python takes itself apart. What is finished is on
+    # disk, so that ending at once loses nothing.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda received, _: os._exit(128 + received))
+    compare_pytorch.compare(config)
 
 
 if __name__ == "__main__":
