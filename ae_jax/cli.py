@@ -4,8 +4,10 @@ Imports no JAX, so that ``--help`` and a mistyped option answer at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import os
 import signal
 import sys
 import time
@@ -30,8 +32,15 @@ class Diverged(Exception):
 
 
 def leave(signum: int, frame: FrameType | None) -> NoReturn:
-    """Signal handler: end the command with the shell's status for this signal."""
-    sys.exit(128 + signum)
+    """Signal handler: end the command at once, with the shell's status for the signal.
+
+    Not by an exception: Python drops one that is raised within an import's callback,
+    and to unwind while XLA compiles in another thread can crash. Nothing is lost: every
+    file is whole or absent, and what is unfinished is cleared by the next command.
+    """
+    with contextlib.suppress(RuntimeError, OSError):  # the signal fell into a print
+        sys.stdout.flush()
+    os._exit(128 + signum)
 
 
 def exit_with(action: Callable[[], None]) -> NoReturn:

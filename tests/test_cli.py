@@ -1,5 +1,7 @@
 import errno
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -96,11 +98,31 @@ def test_our_own_bug_keeps_its_traceback():
         cli.exit_with(lambda: 1 / 0)
 
 
+IN_A_CALLBACK = """
+import weakref
+
+class Module:
+    pass
+
+module = Module()
+callback = weakref.ref(module, lambda _: signal.raise_signal(number))
+del module
+"""
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_command_with_the_shells_status(signum, capsys):
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        assert status(capsys, lambda: signal.raise_signal(signum))[0] == 128 + signum
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+@pytest.mark.parametrize("moment", ["signal.raise_signal(number)", IN_A_CALLBACK])
+def test_a_signal_ends_the_command_with_the_shells_status(signum, moment):
+    code = (
+        "import signal\n"
+        "from ae_jax import cli\n"
+        "def action():\n"
+        "    print('begun')\n"
+        f"    exec({moment!r}, {{'signal': signal, 'number': {int(signum)}}})\n"
+        "    print('went on')\n"
+        "cli.exit_with(action)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signum, "begun\n", "")
