@@ -280,21 +280,17 @@ def diff(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _may_change(key: str, run: Config, asked: Config) -> bool:
-    """Whether a run may be resumed with another value of this field."""
-    if key == "train.num_epochs":
-        raised = asked.train.num_epochs >= run.train.num_epochs
-        return raised and run.train.schedule == "constant"
-    free = "run_dir compilation_cache data.dir data.source checkpoint. figures."
-    return key.startswith(tuple(free.split()))
+FREE = ("run_dir", "compilation_cache", "data.dir", "data.source")
+"""Fields that do not change a single bit of what a run finds."""
 
 
-def check_resumable(run: Config, asked: Config) -> None:
-    """Refuse to resume a run with a config that would have made another run.
+def refuse_clashes(run: RunConfig, asked: RunConfig, free: tuple[str, ...]) -> None:
+    """Refuse to go on with a run under a config that would have made another run.
 
     Args:
         run: the config that the run was started with.
         asked: the config asked for now.
+        free: beginnings of the names of the fields that may differ.
 
     Raises:
         UserError: one ``field: the run has A, you asked for B`` for each difference.
@@ -302,13 +298,26 @@ def check_resumable(run: Config, asked: Config) -> None:
     clashes = [
         f"{key}: the run has {a}, you asked for {b}"
         for key, (a, b) in diff(run, asked).items()
-        if not _may_change(key, run, asked)
+        if not key.startswith(free)
     ]
     if clashes:
         raise UserError(
             f"{asked.run_dir} holds another run: {'; '.join(clashes)}. "
             "Choose another --run-dir, or delete the run"
         )
+
+
+def check_resumable(run: Config, asked: Config) -> None:
+    """Refuse to resume a run but with more epochs, or other things kept and drawn.
+
+    Raises:
+        UserError: see :func:`refuse_clashes`.
+    """
+    free: tuple[str, ...] = (*FREE, "checkpoint.", "figures.")
+    raised = asked.train.num_epochs >= run.train.num_epochs
+    if raised and run.train.schedule == "constant":
+        free += ("train.num_epochs",)
+    refuse_clashes(run, asked, free)
 
 
 def load(path: Path, kind: type[C]) -> C:

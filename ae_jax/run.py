@@ -76,15 +76,14 @@ def _choose(known: Mapping[str, Any], name: str, field: str) -> Any:
 @functools.cache
 def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int]) -> Any:
     num_train, num_pixels = size
-    sizes = {
-        "num_pixels": num_pixels,
-        "hidden": model_config.hidden,
-        "code_width": model_config.code_width,
-        "code_activation": model_config.code_activation,
-        "initializer": model_config.init,
-        "dtype": np.dtype(train.precision),
-    }
-    model = _choose(MODELS, model_config.name, "model.name")(**sizes)
+    model = _choose(MODELS, model_config.name, "model.name")(
+        num_pixels,
+        model_config.hidden,
+        model_config.code_width,
+        model_config.code_activation,
+        model_config.init,
+        np.dtype(train.precision),
+    )
     loss = _choose(losses.LOSSES, train.loss, "train.loss")
     steps_per_epoch = -(-num_train // train.batch_size)
     schedule = make_schedule(train, train.num_epochs * steps_per_epoch)

@@ -13,7 +13,6 @@ the preset ``quick`` takes two to three minutes.
 
 import dataclasses
 import os
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,11 +94,6 @@ def main(config: Comparison) -> None:
     import experiments.pytorch_baseline  # noqa: F401 - says it if there is no PyTorch
     from experiments import compare_pytorch
 
-    # A signal may come while a program runs on the device in the background, and it
-    # must not lose its inputs while Python takes itself apart. What is finished is on
-    # disk, so that ending at once loses nothing.
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda received, _: os._exit(128 + received))
     compare_pytorch.compare(config)
 
 
@@ -726,14 +720,8 @@ def read_known(config: Comparison) -> Row | None:
     known = records.read_description(config.run_dir)
     records.check_experiment(config.run_dir, known, NAME)
     was: Comparison = run.read_config(config.run_dir, known, Comparison)
-    configs.check_resumable(was, config)
-    before, asked = was.train.num_epochs, config.train.num_epochs
-    if before != asked:  # a run may grow by epochs; half of these seeds may not
-        raise UserError(
-            f"{config.run_dir} holds another run: train.num_epochs: the run has "
-            f"{before}, you asked for {asked}. Choose another --run-dir, or delete the "
-            "run"
-        )
+    # A run may grow by epochs; half of these seeds may not.
+    configs.refuse_clashes(was, config, configs.FREE)
     return known
 
 
@@ -878,7 +866,7 @@ def speed_ratios(rounds: list[Row]) -> dict[str, dict[str, float]]:
 def is_reference(config: Comparison) -> bool:
     """Whether a config measures what the reference preset does, wherever it runs."""
     changed = configs.diff(PRESETS["reference"], config)
-    return set(changed) <= {"run_dir", "compilation_cache", "data.dir", "data.source"}
+    return all(key.startswith(configs.FREE) for key in changed)
 
 
 def write_result(found: Row, config: Comparison) -> None:

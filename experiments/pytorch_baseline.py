@@ -269,16 +269,7 @@ def is_finished(config: Config) -> bool:
     records.check_experiment(folder, description, NAME)
     place = str(folder / "config.json")
     was = configs.from_json(Config, description["config"], place)
-    clashes = [
-        f"{key}: the run has {a}, you asked for {b}"
-        for key, (a, b) in configs.diff(was, config).items()
-        if key not in ("run_dir", "data.dir", "data.source")
-    ]
-    if clashes:
-        raise UserError(
-            f"{folder} holds another run: {'; '.join(clashes)}. Choose another "
-            "--run-dir, or delete the run"
-        )
+    configs.refuse_clashes(was, config, configs.FREE)
     if not (folder / "summary.json").exists():
         return False
     summary = records.read_json(folder / "summary.json")

@@ -36,6 +36,17 @@ def _single_precision():
     jax.config.update("jax_enable_x64", False)
 
 
+@pytest.fixture(scope="module")
+def torch_on_one_thread():
+    """PyTorch and JAX would fight for the cores."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def mnist() -> data.Dataset:
     """The real MNIST, prepared once in the project's own data folder."""

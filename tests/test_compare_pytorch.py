@@ -20,6 +20,8 @@ from ae_jax import data, interop, records, report, run
 from ae_jax.config import DataConfig, TrainConfig, UserError
 from experiments import compare_pytorch as compare
 
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
+
 # Runs the command without PyTorch.
 NO_TORCH = """
 import runpy, sys
@@ -31,14 +33,6 @@ class NoTorch:
 sys.meta_path.insert(0, NoTorch())
 runpy.run_module("experiments.compare_pytorch", run_name="__main__")
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiny(folder, **fields):

@@ -3,22 +3,13 @@
 import re
 
 import pytest
-import torch
 from conftest import ROOT
+
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
-@pytest.fixture
-def _one_thread():
-    """PyTorch and JAX would fight for the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("_one_thread")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_snippets_of_a_page_are_one_program_that_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

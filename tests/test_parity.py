@@ -27,15 +27,9 @@ from ae_jax.train import (
 from experiments import compare_pytorch as compare
 from experiments import pytorch_baseline as baseline
 
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
+
 ATOL = compare.LIMITS["mini"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --- The same numbers ----------------------------------------------------------------

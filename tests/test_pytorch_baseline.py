@@ -22,6 +22,8 @@ from ae_jax.config import DataConfig, FiguresConfig, UserError
 from experiments import pytorch_baseline as baseline
 from experiments.pytorch_baseline import Autoencoder, Config, Images, Train
 
+pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
+
 QUICK = baseline.PRESETS["quick"]
 TORCH_FILES = {"weights.pt", "weights.safetensors"}
 
@@ -59,14 +61,6 @@ def command(*args, before=""):
         text=True,
         check=False,
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -404,6 +398,6 @@ def test_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
 def test_compare_shows_how_the_two_sides_differ(finished, tutorial):
     script = [ROOT / "scripts" / "compare.py", tutorial, finished[0]]
     shown = subprocess.check_output([sys.executable, *map(str, script)], text=True)
-    assert "train.seed: 0, 4" in shown
+    assert "model.hidden: [16, 8], [128, 64, 12]" in shown
     mse = json.loads((finished[0] / "summary.json").read_text())["test/mse"]
     assert f"{mse:.5f}" in shown
