@@ -81,8 +81,8 @@ class ModelConfig:
     """Units of the code."""
     code_activation: Literal["relu", "leaky_relu", "none"] = "relu"
     """Activation of the code. The tutorial's is relu, whose units can die."""
-    init: Literal["torch", "flax"] = "torch"
-    """Initialiser: PyTorch's (kernel and bias uniform in ±1/√fan_in), or Flax's."""
+    init: Literal["torch", "flax", "he"] = "torch"
+    """Initialiser: PyTorch's (all uniform in ±1/√fan_in), Flax's (LeCun), or He's."""
 
     def __post_init__(self) -> None:
         widths = " ".join(map(str, self.hidden))

@@ -20,6 +20,14 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "none": lambda x: x,
 }
 
+KERNELS: dict[str, Initializer] = {
+    "flax": nn.initializers.lecun_normal(),
+    "he": nn.initializers.he_normal(),
+}
+"""Initialisers of kernels whose biases begin at 0: truncated normal, of variance
+1/fan_in (Flax's default) and 2/fan_in (He et al. 2015, "Delving deep into rectifiers",
+equation 10)."""
+
 
 def uniform_within(bound: float) -> Initializer:
     """Initialiser: uniform in [−bound, bound).
@@ -48,7 +56,7 @@ class Autoencoder(nn.Module):
         hidden: widths of the encoder's hidden layers; the decoder mirrors them.
         code_width: K, the units of the code.
         code_activation: a name in ``ACTIVATIONS``, applied to the code only.
-        initializer: ``torch`` or ``flax`` (LeCun normal kernels, zero biases).
+        initializer: ``torch`` (see :func:`uniform_within`), or a name in ``KERNELS``.
         dtype: of parameters and arithmetic.
     """
 
@@ -69,15 +77,16 @@ class Autoencoder(nn.Module):
         return [self._dense(*pair) for pair in itertools.pairwise(widths)]
 
     def _dense(self, fan_in: int, width: int) -> nn.Dense:
-        if self.initializer == "flax":
-            return nn.Dense(width, dtype=self.dtype, param_dtype=self.dtype)
-        init = uniform_within(fan_in**-0.5)
+        if self.initializer == "torch":
+            kernel = bias = uniform_within(fan_in**-0.5)
+        else:
+            kernel, bias = KERNELS[self.initializer], nn.initializers.zeros
         return nn.Dense(
             width,
             dtype=self.dtype,
             param_dtype=self.dtype,
-            kernel_init=init,
-            bias_init=init,
+            kernel_init=kernel,
+            bias_init=bias,
         )
 
     def encode(self, x: Float[Array, "B D"]) -> Float[Array, "B K"]:

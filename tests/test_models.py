@@ -105,15 +105,14 @@ def test_torch_init_fills_its_bounds_uniformly(fan_in):
 
 
 @pytest.mark.parametrize(
-    ("initializer", "zero_bias"), [("torch", False), ("flax", True)]
+    ("initializer", "zero_bias", "variance"),
+    [("torch", False, 1 / 3), ("flax", True, 1), ("he", True, 2)],
 )
-def test_initialiser_is_the_one_asked_for(initializer, zero_bias):
+def test_initialiser_is_the_one_asked_for(initializer, zero_bias, variance):
     params = params_of(Autoencoder(784, initializer=initializer), 784)
     kernel, bias = params["encoder_0"]["kernel"], params["encoder_0"]["bias"]
     assert bool((bias == 0).all()) == zero_bias
-    # LeCun's normal kernels have three times the variance of PyTorch's uniform ones.
-    expected = (1 if zero_bias else 1 / 3) / 784
-    np.testing.assert_allclose(np.var(kernel), expected, rtol=0.05)
+    np.testing.assert_allclose(np.var(kernel), variance / 784, rtol=0.05)
 
 
 def test_double_precision_reaches_every_parameter():
