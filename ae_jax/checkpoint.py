@@ -6,15 +6,17 @@ history, checked after loading, because Orbax does not notice flipped bits in ar
 """
 
 import contextlib
+import errno
 import gc
 import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -57,17 +59,46 @@ def abstract_like(make: Any) -> Any:
     )
 
 
+def _errno(error: BaseException) -> int:
+    """The system's error number in what Orbax or TensorStore raised; 0: none."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:  # TensorStore raises a full disk, say, as ValueError
+        return int(code[1])
+    return (isinstance(error, OSError) and error.errno) or 0
+
+
 @contextlib.contextmanager
 def _disks_refusals(folder: Path) -> Iterator[None]:
-    """Raise as OSError what TensorStore raises as ValueError: a full disk, say."""
+    """Raise as OSError what the system refused, under whatever name it arrives."""
     try:
         yield
     except Exception as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if not code:
+        number = _errno(error)
+        if not number:
             raise
-        number = int(code[1])
         raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+NO_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Refusals to read that say nothing about what the files hold."""
+
+
+class DamagedError(UserError):
+    """A checkpoint is not what was saved.
+
+    Attributes:
+        reason: what is wrong with it, in half a line.
+    """
+
+    def __init__(self, place: Path, reason: str) -> None:
+        # TensorStore's messages go on with pages of its settings.
+        reason = " ".join(reason.partition("[tensorstore_spec")[0].split())
+        self.reason = reason[:200] or "unreadable"
+        super().__init__(
+            f"{place}: damaged checkpoint: {self.reason}; delete this folder, or give "
+            "the run's command with --checkpoint.fallback, to go on from the newest "
+            "sound one"
+        )
 
 
 class Checkpoints:
@@ -164,38 +195,86 @@ class Checkpoints:
             step: one of :attr:`steps`.
 
         Raises:
-            UserError: a file of the step is missing or damaged; names what.
+            DamagedError: a file of the step is missing or damaged; names what.
         """
-        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
-        loaded, why = None, ""
-        try:
-            loaded = self._checkpointer.load_checkpointables(
-                step, {"state": abstract, "record": None}
-            )
-        except Exception as error:  # Orbax has no common base for a damaged file
-            why = str(error.__cause__ or error)
-        if loaded is None:
-            # A load that fails leaves coroutines that nobody awaits, and callbacks that
-            # find their loop closed, even later; one error is enough, so we keep the
-            # hook silent, and collect the coroutines while nobody listens.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                gc.collect()
-            raise self._damaged(step, why)
-        sys.unraisablehook = hook
-        state, record = loaded["state"], loaded["record"]
+        record = self._load_record(step)
+        state: T = self._load(step, "state", abstract)
         for path, digest in digest_leaves(state).items():
-            if record["digests"].get(path) != digest:
+            if record.get("digests", {}).get(path) != digest:
                 raise self._damaged(step, f"{path} is not what was saved")
-        if record["history_digest"] != _digest_history(record["history"]):
-            raise self._damaged(step, "the history is not what was saved")
         return state, record["history"]
 
-    def _damaged(self, step: int, why: str) -> UserError:
-        # TensorStore's messages go on with pages of its settings.
-        reason = " ".join(why.partition("[tensorstore_spec")[0].split())[:300]
-        return UserError(
-            f"{self.folder / str(step)}: damaged checkpoint: {reason or 'unreadable'}; "
-            "delete this folder and give the same command again, to go on from the one "
-            "before"
+    def load_history(self, step: int) -> History:
+        """The history of a step alone, as :meth:`load` has it."""
+        history: History = self._load_record(step)["history"]
+        return history
+
+    def load_newest(
+        self, abstract: T, fallback: bool
+    ) -> tuple[T, History, dict[int, str]]:
+        """The newest step, or the newest sound one, and why those after it are not.
+
+        Args:
+            abstract: as for :meth:`load`.
+            fallback: remove damaged steps, once an older one has proved sound.
+
+        Raises:
+            DamagedError: the newest step, without ``fallback``.
+            UserError: no step is sound; none was removed.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps):
+            try:
+                state, history = self.load(abstract, step)
+            except DamagedError as error:
+                if not fallback:
+                    raise
+                damaged[step] = error.reason
+            else:
+                self._remove(damaged)
+                return state, history, damaged
+        newest = max(damaged)
+        raise UserError(
+            f"{self.folder}: no checkpoint is sound, the newest (step {newest}): "
+            f"{damaged[newest]}; delete this folder to begin anew"
         )
+
+    def _remove(self, steps: Iterable[int]) -> None:
+        for step in steps:
+            # Under this name a half of it, left by a kill, is cleared by the next run.
+            doomed = self.folder / f"{step}.orbax-checkpoint-tmp"
+            os.replace(self.folder / str(step), doomed)
+            shutil.rmtree(doomed)
+        self._checkpointer.reload()
+
+    def _load_record(self, step: int) -> dict[str, Any]:
+        record: Any = self._load(step, "record", None)
+        if not isinstance(record, dict) or "history" not in record:
+            raise self._damaged(step, "the history is missing")
+        if record.get("history_digest") != _digest_history(record["history"]):
+            raise self._damaged(step, "the history is not what was saved")
+        return record
+
+    def _load(self, step: int, name: str, abstract: Any) -> Any:
+        """One part of a step, unchecked."""
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+        try:
+            loaded = self._checkpointer.load_checkpointables(step, {name: abstract})
+        except Exception as error:  # Orbax has no common base for a damaged file
+            cause = error.__cause__ or error
+            number, why = _errno(cause), str(cause)
+        else:
+            sys.unraisablehook = hook
+            return loaded[name]
+        # A load that fails leaves coroutines that nobody awaits, and callbacks that
+        # find their loop closed, even later; one error is enough, so we keep the hook
+        # silent, and collect the coroutines while nobody listens.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gc.collect()
+        if number in NO_DAMAGE:
+            raise OSError(number, os.strerror(number), str(self.folder / str(step)))
+        raise self._damaged(step, why)
+
+    def _damaged(self, step: int, reason: str) -> DamagedError:
+        return DamagedError(self.folder / str(step), reason)

@@ -135,6 +135,8 @@ class CheckpointConfig:
     """Save also every so many updates; 0: at the end of each epoch only."""
     keep: int = 3
     """Newest checkpoints to keep, beside the best one and those that figures show."""
+    fallback: bool = False
+    """Go back to the newest sound checkpoint, and remove the damaged ones after it."""
 
     def __post_init__(self) -> None:
         _check_not_negative("checkpoint", self, "every_steps")
@@ -173,6 +175,36 @@ class Config:
             raise ValueError(
                 "train.patience: needs a held-out part; set data.num_validation too"
             )
+
+
+@dataclass(frozen=True)
+class SeedsConfig:
+    """How many seeds are trained together."""
+
+    group_size: int = 8
+    """Seeds in one program, side by side, as one state; another size, other bits."""
+
+    def __post_init__(self) -> None:
+        _check_positive("seeds", self, "group_size")
+
+
+@dataclass(frozen=True)
+class EnsembleConfig(Config):
+    """One run under many seeds, of which ``train.seed`` is the first."""
+
+    num_seeds: int = 64
+    """How many seeds; may be raised later, from a multiple of the group size."""
+    seeds: SeedsConfig = field(default_factory=SeedsConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_seeds < 1 or self.train.seed + self.num_seeds > 2**32:
+            raise ValueError(
+                "num_seeds: must be above 0, and the last seed below 2^32, got "
+                f"{self.num_seeds} from {self.train.seed}"
+            )
+        if self.train.patience:
+            raise ValueError("train.patience: stops single runs; leave it out here")
 
 
 @runtime_checkable
@@ -307,17 +339,25 @@ def refuse_clashes(run: RunConfig, asked: RunConfig, free: tuple[str, ...]) -> N
         )
 
 
+def free_to_resume(run: Config, asked: Config) -> tuple[str, ...]:
+    """Beginnings of the names of the fields that may differ when a run goes on.
+
+    Those are what is kept and drawn, and, if it is raised, the number of epochs.
+    """
+    free: tuple[str, ...] = (*FREE, "checkpoint.", "figures.")
+    raised = asked.train.num_epochs >= run.train.num_epochs
+    if raised and run.train.schedule == "constant":
+        free += ("train.num_epochs",)
+    return free
+
+
 def check_resumable(run: Config, asked: Config) -> None:
     """Refuse to resume a run but with more epochs, or other things kept and drawn.
 
     Raises:
         UserError: see :func:`refuse_clashes`.
     """
-    free: tuple[str, ...] = (*FREE, "checkpoint.", "figures.")
-    raised = asked.train.num_epochs >= run.train.num_epochs
-    if raised and run.train.schedule == "constant":
-        free += ("train.num_epochs",)
-    refuse_clashes(run, asked, free)
+    refuse_clashes(run, asked, free_to_resume(run, asked))
 
 
 def load(path: Path, kind: type[C]) -> C:

@@ -34,6 +34,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 Row = dict[str, Any]
 
+WRITE_ANEW = "delete it and summary.json, and give the run's command again"
+"""What to do about a damaged file that a run writes when it goes on."""
+
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a whole file, or, if that fails, leave what was there.
@@ -61,18 +64,20 @@ def write_json(path: Path, plain: Any) -> None:
     write_text(path, json.dumps(plain, indent=2) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, remedy: str = "delete the run folder, or mend it") -> Any:
     """Read JSON.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is damaged.
 
     Raises:
         UserError: the file is not JSON; it says what to do.
     """
     try:
         return json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: damaged, not JSON ({error}); delete the run folder, or mend it"
-        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, not JSON ({error}); {remedy}") from error
 
 
 def versions() -> dict[str, str]:
@@ -151,11 +156,46 @@ def describe(
     }
 
 
+DESCRIPTION: dict[str, Any] = {
+    "experiment": str,
+    "config": dict,
+    "versions": dict,
+    "device": dict,
+    "data": {"fingerprint": str, "num_train": int, "shape": list},
+    "history": list,
+}
+"""What config.json must hold for its readers, and of which types."""
+
+SUMMARY: dict[str, Any] = {
+    "epochs": int,
+    "stopped": bool,
+    "test/mse": float,
+    "code/dead_units": int,
+}
+"""The same of summary.json."""
+
+
+def _check_types(plain: Any, types: Any, name: str) -> None:
+    """Compare JSON with a table of types.
+
+    Raises:
+        ValueError: a key is missing, or its value of another type; names it.
+    """
+    kind = dict if isinstance(types, dict) else types
+    if type(plain) is not kind:
+        raise ValueError(f"{name} must be of type {kind.__name__}")
+    for key in types if isinstance(types, dict) else ():
+        if key not in plain:
+            raise ValueError(f"{key} is missing")
+        _check_types(plain[key], types[key], key)
+
+
 def read_description(run_dir: Path) -> dict[str, Any]:
     """A run folder's config.json.
 
     Raises:
-        UserError: there is no run, or one of a format that this version cannot read.
+        UserError: there is no run, one of a format that this version cannot read, or
+            the file is damaged.
     """
     path = run_dir / "config.json"
     if not path.exists():
@@ -168,7 +208,31 @@ def read_description(run_dir: Path) -> dict[str, Any]:
             f"{path}: run folder of format {description.get('format')}, this version "
             f"reads format {FORMAT}; use the ae_jax that wrote it"
         )
+    try:
+        _check_types(description, DESCRIPTION, "it")
+        for entry in description["history"]:
+            _check_types(entry, {"versions": dict, "device": dict}, "history")
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, {error}; mend it") from error
     return description
+
+
+def read_summary(run_dir: Path) -> Row | None:
+    """A finished run's summary.json; None if the run is not finished.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run_dir / "summary.json"
+    if not path.exists():
+        return None
+    remedy = "delete it, and give the run's command again"
+    summary: Row = read_json(path, remedy)
+    try:
+        _check_types(summary, SUMMARY, "it")
+    except ValueError as error:
+        raise UserError(f"{path}: damaged, {error}; {remedy}") from error
+    return summary
 
 
 def check_experiment(
@@ -255,18 +319,29 @@ def _lock_at_once(handle: int, run_dir: Path) -> None:
         ) from error
 
 
-def write_rows(run_dir: Path, rows: list[Row]) -> None:
-    """Write metrics.jsonl, an epoch a line."""
-    write_text(
-        run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows)
-    )
+def write_rows(run_dir: Path, rows: list[Row], name: str = "metrics.jsonl") -> None:
+    """Write metrics.jsonl, an epoch a line, or another file of rows."""
+    write_text(run_dir / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_rows(run_dir: Path) -> list[Row]:
-    """The rows of metrics.jsonl; none if there is none yet."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+def read_rows(run_dir: Path, name: str = "metrics.jsonl") -> list[Row]:
+    """The rows of metrics.jsonl, or of another such file; none if there is none yet.
+
+    Raises:
+        UserError: the file is damaged; names the line.
+    """
+    path = run_dir / name
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+            _check_types(rows[-1], {}, "it")
+        except ValueError as error:
+            raise UserError(
+                f"{path}: line {number} is damaged ({error}); {WRITE_ANEW}"
+            ) from error
+    return rows
 
 
 class Board:
@@ -282,7 +357,10 @@ class Board:
         for row in rows:
             self.add_row(row)
         for path in (run_dir / "figures").glob("*.png"):
-            self.add_figure(path)
+            try:
+                self.add_figure(path)
+            except Exception:  # whatever a damaged picture makes of its decoder
+                path.unlink()  # the end of the run draws it anew
 
     def add_row(self, row: Row) -> None:
         """Log an epoch's numbers against its step."""

@@ -4,9 +4,12 @@
 only way to rebuild a run from its folder; nothing here writes to one but :func:`draw`.
 """
 
+import contextlib
+import dataclasses
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from matplotlib.figure import Figure
 
 from ae_jax import checkpoint, config, data, evaluate, figures, losses, records
-from ae_jax.checkpoint import Checkpoints
+from ae_jax.checkpoint import Checkpoints, DamagedError, History
 from ae_jax.config import Config, ModelConfig, TrainConfig, UserError
 from ae_jax.losses import Params
 from ae_jax.models import MODELS
@@ -48,6 +51,7 @@ class Program(NamedTuple):
         schedule: learning rate of each step.
         train_step: the update rule.
         init: the state before the first step.
+        init_at: the same under another seed.
         order: (key, epoch) to the epoch's batches, see :func:`train.epoch_order`.
         encode: (params, images [B, D]) to codes [B, K].
         decode: (params, codes [B, K]) to images [B, D].
@@ -59,7 +63,8 @@ class Program(NamedTuple):
     schedule: optax.Schedule
     train_step: TrainStep
     init: Callable[[], TrainState]
-    order: Callable[[Key[Array, ""], int], Int[Array, "T B"]]
+    init_at: Callable[[Any], TrainState]
+    order: Callable[[Key[Array, ""], int | Int[Array, ""]], Int[Array, "T B"]]
     encode: Callable[[Params, Any], Array]
     decode: Callable[[Params, Any], Array]
     reconstruct: Callable[[Params, Any], Array]
@@ -93,6 +98,10 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
     def init_params(key: jax.Array) -> Params:
         return model.init(key, jnp.zeros((1, num_pixels), model.dtype))["params"]
 
+    def init_at(seed: Any) -> TrainState:
+        batches = (steps_per_epoch, train.batch_size, num_pixels)
+        return init_state(init_params, tx, train_step, seed, batches)
+
     def jitted(method: str) -> Callable[[Params, Any], Array]:
         return jax.jit(
             lambda params, x: model.apply({"params": params}, x, method=method)
@@ -102,13 +111,8 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
         model=model,
         schedule=schedule,
         train_step=train_step,
-        init=lambda: init_state(
-            init_params,
-            tx,
-            train_step,
-            train.seed,
-            (steps_per_epoch, train.batch_size, num_pixels),
-        ),
+        init=functools.partial(init_at, train.seed),
+        init_at=init_at,
         order=jax.jit(
             lambda key, epoch: epoch_order(key, epoch, num_train, train.batch_size)
         ),
@@ -217,19 +221,17 @@ def open_run(run_dir: Path | str, which: str | int = "latest") -> OpenRun:
     """
     folder = Path(run_dir)
     description = records.read_description(folder)
-    settings = read_config(folder, description, Config)
-    about = description["data"]
-    num_pixels = math.prod(about["shape"])
-    program = build(settings, about["num_train"], num_pixels)
+    settings, about = read_config(folder, description, Config), description["data"]
     if not (folder / "checkpoints").is_dir():
         raise _no_checkpoint(folder)
     with Checkpoints(folder / "checkpoints") as checkpoints:
         steps = checkpoints.steps
         if not steps:
             raise _no_checkpoint(folder)
-        abstract = checkpoint.abstract_like(program.init)
         if which == "best":
-            rows = checkpoints.load(abstract, steps[-1])[1]["rows"]
+            history = checkpoints.load_history(steps[-1])
+            check_description(folder, description, history, Config)
+            rows = history["rows"]
             which = best_step(rows, settings.train.loss) if rows else steps[-1]
         step = steps[-1] if which == "latest" else _as_step(which)
         if step not in steps:
@@ -238,8 +240,64 @@ def open_run(run_dir: Path | str, which: str | int = "latest") -> OpenRun:
                 f"{folder}: no checkpoint of step {which}; choose latest, best or one "
                 f"of {kept}"
             )
-        state, history = checkpoints.load(abstract, step)
+        # First, for with another config the state would only seem damaged.
+        history = checkpoints.load_history(step)
+        check_description(folder, description, history, Config)
+        program = build(settings, about["num_train"], math.prod(about["shape"]))
+        abstract = checkpoint.abstract_like(program.init)
+        state, _ = checkpoints.load(abstract, step)
     return OpenRun(folder, settings, state, history["rows"], steps, program)
+
+
+def check_description(
+    folder: Path, description: dict[str, Any], history: History, kind: type[Config]
+) -> None:
+    """Refuse a config.json that tells of another run than a checkpoint does.
+
+    Args:
+        folder: the run folder.
+        description: its config.json.
+        history: the checkpoint's, which holds ``config`` and ``data`` as they were
+            when it was saved; an older version's lacks them, and passes.
+        kind: of the config.
+
+    Raises:
+        UserError: they differ in a field that is not free to.
+    """
+    if "config" not in history:
+        return
+    now, saved = (read_config(folder, part, kind) for part in (description, history))
+    free = config.free_to_resume(saved, now)
+    changed = {
+        f"config.{key}": values
+        for key, values in config.diff(now, saved).items()
+        if not key.startswith(free)
+    }
+    for key in ("fingerprint", "num_train", "shape"):
+        values = (description["data"][key], history["data"][key])
+        if values[0] != values[1]:
+            changed[f"data.{key}"] = values
+    if changed:
+        fields = "; ".join(f"{k}: {a}, saved was {b}" for k, (a, b) in changed.items())
+        raise UserError(
+            f"{folder / 'config.json'}: not the one that the checkpoints were saved "
+            f"with: {fields}; mend it"
+        )
+
+
+def check_newest(folder: Path, description: dict[str, Any], kind: type[Config]) -> None:
+    """Compare config.json with the newest checkpoint whose history is sound.
+
+    Raises:
+        UserError: see :func:`check_description`.
+    """
+    if not (folder / "checkpoints").is_dir():
+        return
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        for step in reversed(checkpoints.steps):
+            with contextlib.suppress(DamagedError):
+                history = checkpoints.load_history(step)
+                return check_description(folder, description, history, kind)
 
 
 def read_config(folder: Path, description: dict[str, Any], kind: type[Config]) -> Any:
@@ -260,7 +318,44 @@ def describe(
         "shape": list(dataset.shape),
     }
     device = {"kind": devices[0].device_kind, "count": len(devices)}
+    # Asked for once, it must not come back with --config.
+    kept = dataclasses.replace(settings.checkpoint, fallback=False)
+    settings = dataclasses.replace(settings, checkpoint=kept)
     return records.describe(experiment, settings, device, about)
+
+
+def write_description(
+    experiment: str, settings: Config, dataset: data.Dataset, known: Row | None
+) -> Row:
+    """Write a run's config.json as it starts, or bring it up to date as it goes on.
+
+    Other surroundings than the run had before are told on stderr, and noted in it.
+
+    Args:
+        experiment: its name.
+        settings: the run's config.
+        dataset: what it is trained on.
+        known: what config.json holds, if the run goes on.
+
+    Returns:
+        What config.json holds now.
+
+    Raises:
+        UserError: the run was trained on other data.
+    """
+    folder, now = settings.run_dir, describe(experiment, settings, dataset)
+    if known:
+        check_fingerprint(folder, dataset)
+        warning = records.note_surroundings(known, now)
+        if warning:
+            print(f"warning: {folder}: {warning}", file=sys.stderr)
+        known["config"] = now["config"]
+        known["data"] = {**now["data"], "source": known["data"].get("source")}
+    # If there is one, the run goes on, and it is no longer the run's summary.
+    (folder / "summary.json").unlink(missing_ok=True)
+    description = known or now
+    records.write_json(folder / "config.json", description)
+    return description
 
 
 def _no_checkpoint(folder: Path) -> UserError:
@@ -332,12 +427,16 @@ def score(run: OpenRun, split: data.Split, name: str, shape: tuple[int, int]) ->
 def _read_pictures(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W"]]:
     path = folder / "figures" / "images.npz"
     try:
-        with np.load(path) as pictures:
-            return dict(pictures)
-    except (OSError, ValueError, KeyError) as error:
+        with np.load(path) as archive:
+            pictures = {name: archive[name] for name in ("samples", "train", "test")}
+            whole = all(p.dtype == np.uint8 and p.ndim == 3 for p in pictures.values())
+    except Exception as error:  # NumPy, zipfile and zlib each raise their own
         raise UserError(
-            f"{path}: cannot be read ({error}); give the run's command again"
+            f"{path}: cannot be read ({error}); {records.WRITE_ANEW}"
         ) from error
+    if not whole:
+        raise UserError(f"{path}: damaged, no images; {records.WRITE_ANEW}")
+    return pictures
 
 
 def _draw_samples(folder: Path) -> Figure:

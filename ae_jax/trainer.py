@@ -46,11 +46,10 @@ class Progress:
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self._bar.update(num_images)
 
-    def tell_epoch(self, row: Row, loss: str, code_width: int) -> None:
-        """An epoch has ended."""
-        self._bar.set_description(f"{row['epoch']} of {self._num_epochs} epochs")
+    def tell_epoch(self, epoch: int, line: str) -> None:
+        """An epoch has ended; the line is for where there is no bar."""
+        self._bar.set_description(f"{epoch} of {self._num_epochs} epochs")
         if self._bar.disable:
-            line = records.epoch_line(row, self._num_epochs, loss, code_width)
             print(line, flush=True)
 
     def say(self, text: str) -> None:
@@ -121,6 +120,7 @@ class Trainer:
             description = records.read_description(self.folder)
             records.check_experiment(self.folder, description, experiment)
             was = run.read_config(self.folder, description, type(settings))
+            run.check_newest(self.folder, description, type(settings))
             config.check_resumable(was, settings)
         self.finished = self._is_finished()
         if self.finished:
@@ -129,7 +129,10 @@ class Trainer:
         images = self._dataset.train.images
         self._program = run.build(settings, *images.shape)
         self._shuffle = key_for(settings.train.seed, Purpose.SHUFFLE)
-        self._describe(experiment, description)
+        description = run.write_description(
+            experiment, settings, self._dataset, description
+        )
+        self._saved_with = {key: description[key] for key in ("config", "data")}
         # Compiling takes seconds, each on one core: it begins while the main thread
         # still chooses and draws images.
         pool = ThreadPoolExecutor()
@@ -142,10 +145,9 @@ class Trainer:
     # --- Before training ---
 
     def _is_finished(self) -> bool:
-        path = self.folder / "summary.json"
-        if not path.exists():
+        summary = records.read_summary(self.folder)
+        if not summary:
             return False
-        summary = records.read_json(path)
         if summary["epochs"] < self.config.train.num_epochs and not summary["stopped"]:
             return False
         print(
@@ -153,20 +155,6 @@ class Trainer:
             f"{summary['test/mse']:.4f}. A larger --train.num-epochs goes on."
         )
         return True
-
-    def _describe(self, experiment: str, known: dict[str, Any] | None) -> None:
-        """Write config.json, or bring that of the run's start up to date."""
-        now = run.describe(experiment, self.config, self._dataset)
-        description = known or now
-        if known:
-            run.check_fingerprint(self.folder, self._dataset)
-            warning = records.note_surroundings(known, now)
-            if warning:
-                print(f"warning: {self.folder}: {warning}", file=sys.stderr)
-            known["config"] = now["config"]
-        # If there is one, the run goes on, and it is no longer the run's summary.
-        (self.folder / "summary.json").unlink(missing_ok=True)
-        records.write_json(self.folder / "config.json", description)
 
     def _write_pictures(self) -> None:
         """Choose the images that the figures show; known before the first step."""
@@ -197,7 +185,7 @@ class Trainer:
         Raises:
             SystemExit: a signal came; the state is saved, the status the shell's.
             Diverged: the loss or the gradient is not finite.
-            UserError: the newest checkpoint is damaged, or the disk is full.
+            UserError: the newest checkpoint is damaged, and no fallback asked for.
         """
         settings = self.config
         folder = self.folder / "checkpoints"
@@ -238,9 +226,19 @@ class Trainer:
         steps = self._checkpoints.steps
         state: TrainState
         if steps:
-            abstract = checkpoint.abstract_like(self._program.init)
-            state, self._history = self._checkpoints.load(abstract, steps[-1])
-            print(f"{self.folder}: going on from step {steps[-1]}", file=sys.stderr)
+            state, self._history, damaged = self._checkpoints.load_newest(
+                checkpoint.abstract_like(self._program.init),
+                self.config.checkpoint.fallback,
+            )
+            step = int(state.step)
+            if damaged:
+                reasons = ", ".join(f"{s} ({why})" for s, why in damaged.items())
+                print(
+                    f"warning: {self.folder}: removed damaged checkpoints of steps "
+                    f"{reasons}; {steps[-1] - step} steps are lost",
+                    file=sys.stderr,
+                )
+            print(f"{self.folder}: going on from step {step}", file=sys.stderr)
         else:
             state = self._first_state.result()
         del self._first_state  # lest a resumed run carry it along
@@ -274,16 +272,18 @@ class Trainer:
             for name, values in state.epoch_metrics.items()
         }
         self._check_finite(metrics, step - done)
+        end_of_epoch, every = done == per_epoch, self.config.checkpoint.every_steps
+        saving = end_of_epoch or self._signals or (every and step % every == 0)
+        if saving:
+            self._check_state(state, step)
         self._history.setdefault("first_step_s", time.monotonic() - self._started)
         self._history["epoch_s"] += seconds
         num_images = self._images_until(step) - self._images_until(self._last_step)
         self._last_step = step
         self._progress.update(num_images, metrics["loss"][-1])
-        end_of_epoch = done == per_epoch
         if end_of_epoch:
             self._end_epoch(state, step, metrics)
-        every = self.config.checkpoint.every_steps
-        if end_of_epoch or self._signals or (every and step % every == 0):
+        if saving:
             self._save(state)
         return not (self._signals or (end_of_epoch and self._out_of_patience()))
 
@@ -293,12 +293,22 @@ class Trainer:
             return
         i = int(bad.argmax())
         values = ", ".join(f"{name} {v[i]:g}" for name, v in metrics.items())
+        raise self._diverged(epoch_start + i + 1, values)
+
+    def _check_state(self, state: TrainState, step: int) -> None:
+        """What the last update made shows in no loss yet: look before it is saved."""
+        for name in ("params", "opt_state"):
+            for leaf in jax.tree.leaves(getattr(state, name)):
+                if not np.isfinite(leaf).all():
+                    raise self._diverged(step, f"{name} not finite")
+
+    def _diverged(self, step: int, what: str) -> Diverged:
         steps = self._checkpoints.steps
         good = f"step {steps[-1]}" if steps else "there is none"
-        raise Diverged(
-            f"{self.folder}: diverged at step {epoch_start + i + 1}: {values}; last "
-            f"good checkpoint: {good}; try a smaller --train.learning-rate, or "
-            "--train.clip-norm 1, in another --run-dir"
+        return Diverged(
+            f"{self.folder}: diverged at step {step}: {what}; last good checkpoint: "
+            f"{good}; try a smaller --train.learning-rate, or --train.clip-norm 1, in "
+            "another --run-dir"
         )
 
     def _end_epoch(
@@ -313,7 +323,7 @@ class Trainer:
             "step": step,
             f"train/{loss}": means.pop("loss"),
             **{f"train/{name}": mean for name, mean in means.items()},
-            **self._validate(state),
+            **self._validate(state, step),
             "train/learning_rate": float(self._program.schedule(step - 1)),
             "code/dead_units": int(evaluate.dead_units(codes).sum()),
             "wall_s": self._history["epoch_s"],
@@ -326,12 +336,14 @@ class Trainer:
             self._board.add_row(row)
         else:  # not before: where PyTorch is installed, it takes seconds to open
             self._board = records.Board(self.folder, rows)
-        self._progress.tell_epoch(row, loss, self.config.model.code_width)
+        num_epochs, width = self.config.train.num_epochs, self.config.model.code_width
+        line = records.epoch_line(row, num_epochs, loss, width)
+        self._progress.tell_epoch(row["epoch"], line)
         dead = [0] + [row["code/dead_units"] for row in rows]
         if dead[-1] != dead[-2]:  # told when it happens, and again in the end
             self._progress.say(self._diagnose() or "no code unit is dead any more")
 
-    def _validate(self, state: TrainState) -> Row:
+    def _validate(self, state: TrainState, step: int) -> Row:
         images = self._dataset.validation.images
         if not len(images):
             return {}
@@ -341,7 +353,10 @@ class Trainer:
         per_example = np.asarray(
             losses.LOSSES[name](*map(jnp.asarray, (recon, target)))
         )
-        return {f"val/{name}": float(per_example.mean(dtype=np.float64))}
+        mean = float(per_example.mean(dtype=np.float64))
+        if not np.isfinite(mean):
+            raise self._diverged(step, f"val/{name} {mean:g}")
+        return {f"val/{name}": mean}
 
     def _out_of_patience(self) -> bool:
         rows, patience = self._history["rows"], self.config.train.patience
@@ -353,7 +368,8 @@ class Trainer:
 
     def _save(self, state: TrainState) -> None:
         rows, per_epoch = self._history["rows"], self._program.steps_per_epoch
-        history = {**self._history, "rows": list(rows), "wall_s": self._wall_s()}
+        history = {**self._history, **self._saved_with, "rows": list(rows)}
+        history["wall_s"] = self._wall_s()
         shown = {*self.config.figures.epochs, self.config.train.num_epochs}
         pinned = {epoch * per_epoch for epoch in shown}
         if rows:

@@ -270,9 +270,9 @@ def is_finished(config: Config) -> bool:
     place = str(folder / "config.json")
     was = configs.from_json(Config, description["config"], place)
     configs.refuse_clashes(was, config, configs.FREE)
-    if not (folder / "summary.json").exists():
+    summary = records.read_summary(folder)
+    if not summary:
         return False
-    summary = records.read_json(folder / "summary.json")
     print(
         f"{folder} is finished after {summary['epochs']} epochs: test/mse "
         f"{summary['test/mse']:.4f}"
