@@ -6,10 +6,12 @@ whatever the input. N and M number the images of a split, K the units of a code.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from scipy import stats
 from scipy.ndimage import gaussian_filter
 from scipy.sparse.linalg import eigsh
 
@@ -187,6 +189,78 @@ def dead_units(codes: Float[np.ndarray, "N K"]) -> Bool[np.ndarray, "K"]:
         [True, False, False]
     """
     return np.logical_not(codes.any(axis=0))
+
+
+OUTCOMES = ("healthy", "part-dead", "collapsed")
+
+
+def outcome(dead_units: int, code_width: int) -> str:
+    """What has become of a run: healthy, part-dead or collapsed.
+
+    Example:
+        >>> [outcome(dead, code_width=3) for dead in range(4)]
+        ['healthy', 'part-dead', 'part-dead', 'collapsed']
+    """
+    return OUTCOMES[(dead_units > 0) + (dead_units == code_width)]
+
+
+def median_interval(values: Float[np.ndarray, "N"]) -> tuple[float, float]:
+    """Interval for the median that such values come from, at 95 % (bootstrap).
+
+    Source:
+        Efron and Tibshirani, "An introduction to the bootstrap", 1993, section 13.3
+        (percentiles), as ``scipy.stats.bootstrap`` has it.
+    """
+    if len(values) < 2:
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap((values,), np.median, method="percentile", rng=0)
+    low, high = found.confidence_interval
+    return float(low), float(high)
+
+
+def share_interval(count: int, total: int) -> tuple[float, float]:
+    """Wilson's interval for a share, at 95 %.
+
+    Source:
+        Wilson, "Probable inference, the law of succession, and statistical inference",
+        JASA 22 (1927).
+
+    Example:
+        >>> low, high = share_interval(19, 64)
+        >>> round(low, 3), round(high, 3)
+        (0.199, 0.418)
+    """
+    interval = stats.binomtest(count, total).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def summarise_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What has become of runs that differ in their seed only, with 95 % intervals.
+
+    Args:
+        rows: of each run ``outcome``, see :func:`outcome`, and ``test/mse``.
+
+    Returns:
+        ``num_seeds``; ``test/mse/median`` of all of them, with ``…_low`` and
+        ``…_high``; of each outcome, ``healthy`` say, its number, ``share_healthy`` with
+        ``…_low`` and ``…_high``, and ``test/mse/healthy``, the median of those runs.
+    """
+    scores = np.array([row["test/mse"] for row in rows])
+    low, high = median_interval(scores)
+    found: dict[str, Any] = {
+        "num_seeds": len(rows),
+        "test/mse/median": float(np.median(scores)),
+        "test/mse/median_low": low,
+        "test/mse/median_high": high,
+    }
+    for name in OUTCOMES:
+        of_it = scores[[row["outcome"] == name for row in rows]]
+        low, high = share_interval(len(of_it), len(rows))
+        key = name.replace("-", "_")
+        found |= {key: len(of_it), f"share_{key}": len(of_it) / len(rows)}
+        found |= {f"share_{key}_low": low, f"share_{key}_high": high}
+        found[f"test/mse/{key}"] = float(np.median(of_it)) if len(of_it) else None
+    return found
 
 
 def diagnose(dead_counts: Sequence[int], code_width: int) -> str | None:

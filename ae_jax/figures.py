@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 Images: TypeAlias = UInt8[np.ndarray, "n H W"] | Float[np.ndarray, "n H W"]
 Row: TypeAlias = tuple[str, Shaped[np.ndarray, "_ H W"]]  # of any length
@@ -256,6 +256,55 @@ def outcomes(sides: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) ->
     figure.legend(
         handles, labels, loc="outside lower left", frameon=False, ncols=len(names)
     )
+    return figure
+
+
+@matplotlib.style.context(STYLE)
+def seeds(curves: Mapping[str, Sequence[Curve]], loss_name: str = "MSE") -> Figure:
+    """The training losses of many seeds, a thin line each, in their outcome's colour.
+
+    Args:
+        curves: by outcome, such as ``healthy``, the epochs and losses of its seeds.
+        loss_name: what the loss is; shown in the title.
+    """
+    figure = Figure((8, 5.5), dpi=DPI, layout="constrained")
+    axes = _loss_axes(figure)
+    num_seeds = sum(map(len, curves.values()))
+    axes.set_title(f"{loss_name} per epoch, {num_seeds} seeds", loc="left")
+    for index, (outcome, of_it) in enumerate(curves.items()):
+        for epochs, losses in of_it:
+            colour = to_hex(f"C{index}")
+            (line,) = axes.plot(
+                epochs, losses, color=colour, lw=1, alpha=0.6, marker="o", ms=2
+            )
+        if of_it:
+            line.set_label(f"{outcome} ({len(of_it)})")
+    figure.legend(loc="outside lower left", frameon=False, ncols=len(curves))
+    return figure
+
+
+@matplotlib.style.context(STYLE)
+def shares(counts: Mapping[str, Mapping[str, int]]) -> Figure:
+    """How often the runs of some settings ended in each outcome, a bar a setting.
+
+    Args:
+        counts: by setting, from the top, the number of runs of each outcome.
+    """
+    figure = Figure((8, 1.5 + 0.4 * len(counts)), dpi=DPI, layout="constrained")
+    axes = figure.add_subplot()
+    totals = np.array([sum(of_it.values()) for of_it in counts.values()])
+    left = np.zeros(len(counts))
+    for index, outcome in enumerate(next(iter(counts.values()))):
+        width = np.array([of_it[outcome] for of_it in counts.values()]) / totals
+        colour = to_hex(f"C{index}")
+        axes.barh(list(counts), width, left=left, color=colour, label=outcome)
+        left += width
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_xlabel("share of runs")
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower left", frameon=False, ncols=NUM_COLOURS)
     return figure
 
 

@@ -10,11 +10,13 @@ import enum
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from ae_jax.config import TrainConfig
@@ -215,8 +217,46 @@ MEMBERS = TrainState(step=None, params=0, opt_state=0, key=0, epoch_metrics=0)  
 """Axes of the states of many seeds in one: they share the step, and nothing else."""
 
 
-def make_members_chunk(train_step: TrainStep) -> jax.stages.Wrapped:
+def members_mesh(num_members: int) -> Mesh:
+    """The devices over which so many members are spread: as many as do it evenly."""
+    devices = jax.local_devices()
+    even = [n for n in range(1, len(devices) + 1) if num_members % n == 0]
+    return Mesh(np.array(devices[: even[-1]]), ("seed",))
+
+
+def over_members(
+    function: Callable[..., Any], mesh: Mesh, in_axes: Any, out_axes: Any = 0
+) -> Callable[..., Any]:
+    """What a function does for one member, for many side by side, in one program.
+
+    Within a device they are one by vmap; over the devices they are apart by shard_map,
+    so that none waits for another.
+
+    Args:
+        function: of one member.
+        mesh: see :func:`members_mesh`; the devices divide the members evenly.
+        in_axes: of each argument, or of parts of it, 0 where each member has its own,
+            None where they share it; as for ``jax.vmap``.
+        out_axes: the same, of what is returned.
+    """
+
+    def spec(axis: int | None) -> PartitionSpec:
+        return PartitionSpec() if axis is None else PartitionSpec("seed")
+
+    specs = [
+        jax.tree.map(spec, axes, is_leaf=lambda axis: axis is None)
+        for axes in (in_axes, out_axes)
+    ]
+    members = jax.vmap(function, in_axes, out_axes)
+    return jax.shard_map(members, mesh=mesh, in_specs=specs[0], out_specs=specs[1])
+
+
+def make_members_chunk(train_step: TrainStep, mesh: Mesh) -> jax.stages.Wrapped:
     """A train chunk of many seeds at once, in one program.
+
+    Args:
+        train_step: of one member.
+        mesh: see :func:`members_mesh`.
 
     Returns:
         ``chunk(states, images [N, D], order [S, T, B], stop) -> states``, jitted, the
@@ -224,29 +264,8 @@ def make_members_chunk(train_step: TrainStep) -> jax.stages.Wrapped:
         epoch's order of its own seed.
     """
     chunk = make_train_chunk(train_step)
-    members = jax.vmap(chunk, in_axes=(MEMBERS, None, 0, None), out_axes=MEMBERS)
+    members = over_members(chunk, mesh, (MEMBERS, None, 0, None), MEMBERS)
     return jax.jit(members, donate_argnums=0)
-
-
-def init_members(
-    state: TrainState,
-    init_params: Callable[[Key[Array, ""]], Params],
-    seeds: UInt32[Array, " S"],
-) -> TrainState:
-    """The states of many seeds before the first step, as :func:`init_state` has each.
-
-    Args:
-        state: that of any seed, untrained; all that depends on the seed is replaced.
-        init_params: draws the parameters from a key.
-        seeds: of all draws, one for each member.
-    """
-
-    def init(seed: UInt32[Array, ""]) -> TrainState:
-        params = init_params(key_for(seed, Purpose.INIT))
-        return state._replace(params=params, key=key_for(seed, Purpose.STEP))
-
-    states: TrainState = jax.jit(jax.vmap(init, out_axes=MEMBERS))(seeds)
-    return states
 
 
 def epoch_order(
@@ -275,7 +294,7 @@ def init_state(
     init_params: Callable[[Key[Array, ""]], Params],
     tx: optax.GradientTransformation,
     train_step: TrainStep,
-    seed: int,
+    seed: int | UInt32[Array, ""],
     batches: tuple[int, int, int],
 ) -> TrainState:
     """The state before the first step.
@@ -335,7 +354,7 @@ def fit(
     Returns:
         The state at ``until_step``, or where ``on_chunk`` answered no.
     """
-    steps_per_epoch = len(state.epoch_metrics["loss"])
+    steps_per_epoch = state.epoch_metrics["loss"].shape[-1]
     step, planned, order = int(state.step), 1, None
     while step < until_step:
         epoch, in_epoch = divmod(step, steps_per_epoch)

@@ -120,7 +120,17 @@ import torch
 from jaxtyping import Array, Float, UInt8
 
 from ae_jax import config as configs
-from ae_jax import data, evaluate, interop, losses, parity, records, report, run
+from ae_jax import (
+    data,
+    ensemble,
+    evaluate,
+    interop,
+    losses,
+    parity,
+    records,
+    report,
+    run,
+)
 from ae_jax.interop import StateDict
 from ae_jax.parity import Snapshot
 from ae_jax.records import Row
@@ -128,9 +138,7 @@ from ae_jax.train import (
     Purpose,
     TrainState,
     TrainStep,
-    init_members,
     key_for,
-    make_members_chunk,
     make_train_chunk,
     make_train_step,
 )
@@ -451,18 +459,14 @@ def score(recon: np.ndarray, codes: np.ndarray, images: np.ndarray) -> Row:
 def train_ours(pair: Pair, seeds: Sequence[int]) -> list[Row]:
     """Our runs of some seeds, as one program; the outcome of each."""
     program = pair.ours()
-    images = jax.device_put(pair.dataset.train.images)
-    pixels = jnp.zeros((1, images.shape[1]))
-    members = jnp.asarray(seeds, jnp.uint32)
-    states = init_members(
-        program.init(), lambda key: program.model.init(key, pixels)["params"], members
-    )
-    chunk = make_members_chunk(program.train_step)
-    shuffles = jax.vmap(lambda seed: key_for(seed, Purpose.SHUFFLE))(members)
+    group = ensemble.make_group(program, len(seeds))
+    images = group.put(pair.dataset.train.images, None)
+    members = group.put(np.asarray(seeds, np.uint32), 0)
+    states = group.init(members)
     for epoch in range(pair.config.train.num_epochs):
-        orders = jax.vmap(program.order, (0, None))(shuffles, epoch)
         stop = (epoch + 1) * program.steps_per_epoch
-        states = jax.block_until_ready(chunk(states, images, orders, stop))
+        order = group.order(members, epoch)
+        states = jax.block_until_ready(group.advance(states, images, order, stop))
     test, rows = pair.dataset.test.images, []
     for i, seed in enumerate(seeds):
         params = jax.tree.map(lambda leaf, i=i: leaf[i], states.params)

@@ -31,6 +31,10 @@ MAP = {
         "checkpoint", "cli", "config", "data", "evaluate", "losses", "records", "run",
         "train",
     },
+    "ensemble": {
+        "checkpoint", "cli", "config", "data", "evaluate", "figures", "losses",
+        "records", "run", "train", "trainer",
+    },
 }  # fmt: skip
 
 # Packages that one module alone may import.
@@ -127,10 +131,13 @@ def test_importing_a_loss_loads_no_data_checkpoint_or_figure_library():
     [
         ["-m", "experiments.tutorial"],
         ["-m", "experiments.pytorch_baseline"],
+        ["-m", "experiments.seeds"],
+        ["-m", "experiments.dead_code"],
         ["scripts/plot.py"],
         ["scripts/evaluate.py"],
         ["scripts/compare.py"],
         ["scripts/convert.py"],
+        ["scripts/take_seed.py"],
         ["scripts/tables.py"],
     ],
     ids=lambda command: command[-1],
