@@ -234,7 +234,7 @@ class Ensemble:
         )
         with contextlib.closing(progress), signals_noted() as signals:
             for seeds in pending:
-                results = _Training(self, seeds, progress, signals).fit()
+                results = GroupTraining(self, seeds, progress, signals).fit()
                 self.results |= {row["seed"]: row for row in results}
                 rows = [self.results[seed] for seed in sorted(self.results)]
                 records.write_rows(self.folder, rows, RESULTS)
@@ -358,7 +358,7 @@ def take(run_dir: Path, seed: int, new_dir: Path) -> int:
         ):
             for step in ours.steps:
                 states, history = ours.load(abstract, step)
-                theirs.save(_member(states, index), _history_of(history, seed), set())
+                theirs.save(member(states, index), _history_of(history, seed), set())
         known = {field.name for field in dataclasses.fields(Config)}
         plain = {k: v for k, v in description["config"].items() if k in known}
         plain["train"]["seed"], plain["run_dir"] = seed, str(new_dir)
@@ -368,7 +368,7 @@ def take(run_dir: Path, seed: int, new_dir: Path) -> int:
         return step
 
 
-def _member(states: TrainState, index: int) -> TrainState:
+def member(states: TrainState, index: int) -> TrainState:
     """The state of one member, as a single run has it."""
 
     def part_of(axis: int | None, part: Any) -> Any:
@@ -404,7 +404,7 @@ def _epoch_line(rows: list[Row], num_epochs: int, loss: str, code_width: int) ->
     )
 
 
-class _Training:
+class GroupTraining:
     """A group being trained, in the folder of its ensemble."""
 
     def __init__(

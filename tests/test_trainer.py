@@ -72,16 +72,16 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def interrupt_at(monkeypatch, step, how):
+def interrupt_at(monkeypatch, step, how, kind=trainer.Trainer):
     """Have the trainer disturbed after the chunk that ends at ``step``."""
-    after_chunk = trainer.Trainer._after_chunk
+    after_chunk = kind._after_chunk
 
     def disturbed(self, state, now, seconds):
         if now == step:
             how()
         return after_chunk(self, state, now, seconds)
 
-    monkeypatch.setattr(trainer.Trainer, "_after_chunk", disturbed)
+    monkeypatch.setattr(kind, "_after_chunk", disturbed)
 
 
 def test_a_run_folder_holds_what_the_contract_says(undisturbed):
