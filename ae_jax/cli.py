@@ -84,7 +84,13 @@ def _explain(error: OSError) -> str:
     return f"{place}{error.strerror or error}; {remedy}"
 
 
-def parse(name: str, presets: Mapping[str, C], description: str, args: list[str]) -> C:
+def parse(
+    name: str,
+    presets: Mapping[str, C],
+    description: str,
+    args: list[str],
+    prog: str | None = None,
+) -> C:
     """One experiment's config from its command line.
 
     Args:
@@ -92,6 +98,7 @@ def parse(name: str, presets: Mapping[str, C], description: str, args: list[str]
         presets: configs to start from; the first is the default.
         description: shown by ``--help``.
         args: the command line without the program's name.
+        prog: how the program is called; None: ``python -m experiments.NAME``.
 
     Returns:
         The preset or the file's config, overridden by the options; without a
@@ -101,7 +108,7 @@ def parse(name: str, presets: Mapping[str, C], description: str, args: list[str]
         SystemExit: 0 after ``--help``, 2 after an error, which has been shown.
     """
     default = next(iter(presets))
-    prog = f"python -m experiments.{name}"
+    prog = prog or f"python -m experiments.{name}"
     first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(presets))
     first.add_argument("--config", type=Path)

@@ -160,7 +160,7 @@ DESCRIPTION: dict[str, Any] = {
     "experiment": str,
     "config": dict,
     "versions": dict,
-    "device": dict,
+    "device": {"kind": str},
     "data": {"fingerprint": str, "num_train": int, "shape": list},
     "history": list,
 }
@@ -170,7 +170,11 @@ SUMMARY: dict[str, Any] = {
     "epochs": int,
     "stopped": bool,
     "test/mse": float,
+    "test/psnr_db": float,
+    "test/ssim": float,
     "code/dead_units": int,
+    "wall_s": float,
+    "first_step_s": float,
 }
 """The same of summary.json."""
 
@@ -324,8 +328,15 @@ def write_rows(run_dir: Path, rows: list[Row], name: str = "metrics.jsonl") -> N
     write_text(run_dir / name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_rows(run_dir: Path, name: str = "metrics.jsonl") -> list[Row]:
+def read_rows(
+    run_dir: Path, name: str = "metrics.jsonl", types: dict[str, Any] | None = None
+) -> list[Row]:
     """The rows of metrics.jsonl, or of another such file; none if there is none yet.
+
+    Args:
+        run_dir: the run folder.
+        name: of the file.
+        types: what each row must hold.
 
     Raises:
         UserError: the file is damaged; names the line.
@@ -336,7 +347,7 @@ def read_rows(run_dir: Path, name: str = "metrics.jsonl") -> list[Row]:
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-            _check_types(rows[-1], {}, "it")
+            _check_types(rows[-1], types or {}, "it")
         except ValueError as error:
             raise UserError(
                 f"{path}: line {number} is damaged ({error}); {WRITE_ANEW}"
@@ -398,8 +409,9 @@ def epoch_line(row: Row, num_epochs: int, loss: str, code_width: int) -> str:
 
 def score_table(summary: Row, code_width: int) -> str:
     """The scores of a summary.json as a table, beside those of the baselines."""
-    scores = [
-        ("training, mean of its batches", summary["train/mse"], ""),
+    loss = summary.get("train/mse")  # trained with another loss, it has another name
+    scores = [("training, mean of its batches", loss, "")] if loss is not None else []
+    scores += [
         (
             "test",
             summary["test/mse"],

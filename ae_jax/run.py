@@ -7,6 +7,7 @@ only way to rebuild a run from its folder; nothing here writes to one but :func:
 import contextlib
 import dataclasses
 import functools
+import io
 import math
 import os
 import sys
@@ -427,7 +428,8 @@ def score(run: OpenRun, split: data.Split, name: str, shape: tuple[int, int]) ->
 def _read_pictures(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W"]]:
     path = folder / "figures" / "images.npz"
     try:
-        with np.load(path) as archive:
+        # From memory: NumPy does not close a file that it cannot read.
+        with np.load(io.BytesIO(path.read_bytes())) as archive:
             pictures = {name: archive[name] for name in ("samples", "train", "test")}
             whole = all(p.dtype == np.uint8 and p.ndim == 3 for p in pictures.values())
     except Exception as error:  # NumPy, zipfile and zlib each raise their own

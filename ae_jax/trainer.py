@@ -400,8 +400,9 @@ class Trainer:
         opened = run.open_run(self.folder)
         train, test = self._dataset.train.images, self._dataset.test.images
         width, last = self.config.model.code_width, opened.rows[-1]
+        loss = f"train/{self.config.train.loss}"
         summary = {
-            "train/mse": last["train/mse"],
+            loss: last[loss],
             **run.score(opened, self._dataset.test, "test", self._dataset.shape),
             "baseline/mean_image/test/mse": evaluate.mean_image_mse(train, test),
             "baseline/pca/test/mse": evaluate.pca_mse(train, test, width),
@@ -416,6 +417,7 @@ class Trainer:
         device_memory = jax.local_devices()[0].memory_stats()
         if device_memory:
             summary["device_peak_bytes"] = device_memory["peak_bytes_in_use"]
+        self.close()  # a kill from here on finds all else complete
         records.write_json(self.folder / "summary.json", summary)
         print(records.score_table(summary, width))
         remark = self._diagnose()
@@ -431,3 +433,4 @@ class Trainer:
         """Write what TensorBoard still holds back."""
         if self._board:
             self._board.close()
+            self._board = None

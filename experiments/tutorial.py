@@ -28,8 +28,8 @@ def main(config: Config) -> None:
         tutorial.fit()
         tutorial.draw("training_loss")
         tutorial.draw("reconstructions_by_epoch")
-        tutorial.summarise()
         tutorial.draw("test_reconstructions")
+        tutorial.summarise()  # at the very end: it is what makes the run finished
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main(run_dirs: Positional[tuple[Path, ...]], result: str | None = None) -> N
     rows = {path: _final_metrics(path) for path in run_dirs}
     _print_differences(fields)
     _print_metrics(rows)
-    print(f"\nloss curves: {_draw(run_dirs)}")
+    print(f"\nloss curves: {_draw(fields)}")
     if result:
         path = Path("experiments") / "results" / f"{result}.json"
         _write_result(path, described, fields, rows)
@@ -47,11 +47,10 @@ def main(run_dirs: Positional[tuple[Path, ...]], result: str | None = None) -> N
 
 
 def _final_metrics(path: Path) -> dict[str, Any]:
-    summary = path / "summary.json"
-    if summary.exists():
-        values: dict[str, Any] = records.read_json(summary)
-        return values
-    rows = records.read_rows(path)
+    summary = records.read_summary(path)
+    if summary:
+        return summary
+    rows = records.read_rows(path, types={"epoch": int})
     return {**rows[-1], "epochs": rows[-1]["epoch"]} if rows else {}
 
 
@@ -74,18 +73,20 @@ def _print_metrics(rows: dict[Path, dict[str, Any]]) -> None:
         print(f"{path!s:{width}}  " + "  ".join(f"{cell:>15}" for cell in cells))
 
 
-def _draw(run_dirs: tuple[Path, ...]) -> Path:
+def _draw(fields: dict[Path, dict[str, Any]]) -> Path:
     from ae_jax import figures
 
     curves = {}
-    for path in run_dirs:
-        rows = records.read_rows(path)
+    for path, values in fields.items():
+        loss = f"train/{values.get('train.loss', 'mse')}"
+        rows = records.read_rows(path, types={"epoch": int, loss: float})
         if rows:
-            losses = [row["train/mse"] for row in rows]
-            curves[str(path)] = ([row["epoch"] for row in rows], losses)
-    path = run_dirs[0].parent / "compare.png"
+            epochs = [row["epoch"] for row in rows]
+            curves[str(path)] = (epochs, [row[loss] for row in rows])
+    path = next(iter(fields)).parent / "compare.png"
     if not curves:
-        raise config.UserError("none of these runs has finished an epoch yet")
+        runs = ", ".join(map(str, fields))
+        raise config.UserError(f"{runs}: no run has finished an epoch yet")
     figures.save(figures.loss_curves(curves), path)
     return path
 
@@ -99,6 +100,11 @@ def _write_result(
     unfinished = [str(run) for run, row in rows.items() if "test/mse" not in row]
     if unfinished:
         raise config.UserError(f"not finished: {', '.join(unfinished)}; finish them")
+    for run, values in fields.items():
+        for name in ("train.seed", "model.code_width"):
+            if type(values.get(name)) is not int:
+                place = run / "config.json"
+                raise config.UserError(f"{place}: no number as {name}; mend it")
     widths = {run: values["model.code_width"] for run, values in fields.items()}
     dead = {run: row["code/dead_units"] for run, row in rows.items()}
     healthy = [row["test/mse"] for run, row in rows.items() if not dead[run]]
@@ -113,7 +119,7 @@ def _write_result(
     table = [
         {
             "seed": fields[run]["train.seed"],
-            **{name: row[name] for name in COLUMNS},
+            **{name: row[name] for name in COLUMNS if name in row},
             "first_step_s": row["first_step_s"],
         }
         for run, row in rows.items()

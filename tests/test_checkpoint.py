@@ -26,6 +26,7 @@ def make_state(step=0):
 
 KEY = jax.random.key(0)
 ABSTRACT = abstract_like(make_state)
+DTYPES = [leaf.dtype for leaf in jax.tree.leaves(ABSTRACT)]
 
 
 def history(step):
@@ -123,6 +124,7 @@ def test_a_damaged_checkpoint_is_refused_or_loads_what_was_saved(tmp_path, damag
                 pytest.fail(message)
         else:
             assert digest_leaves(loaded[0]) == digest_leaves(make_state(5))
+            assert [leaf.dtype for leaf in jax.tree.leaves(loaded[0])] == DTYPES
             assert loaded[1] == history(5)
         path.write_bytes(content)
     assert refused >= 3
@@ -181,3 +183,16 @@ def test_what_the_disk_refuses_is_an_os_error_and_leaves_earlier_steps_sound(tmp
     assert caught.value.filename == str(tmp_path)
     save(tmp_path, [3])
     assert digest_leaves(load(tmp_path, 3)[0]) == digest_leaves(make_state(3))
+
+
+def test_a_refusal_to_read_is_not_called_damage(tmp_path, monkeypatch):
+    save(tmp_path, [1, 2])
+    with Checkpoints(tmp_path, 2) as checkpoints:
+
+        def refuse(*args):
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", refuse)
+        with pytest.raises(PermissionError):
+            checkpoints.load_newest(ABSTRACT, fallback=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}

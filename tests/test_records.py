@@ -119,3 +119,35 @@ def test_a_result_says_where_it_comes_from(tmp_path, monkeypatch):
 
 def test_gflops_are_those_of_a_product():
     assert 0.1 < records.measure_gflops(size=256, rounds=2) < 1e5
+
+
+@pytest.mark.parametrize("key", records.DESCRIPTION)
+def test_a_config_json_without_a_part_names_it(tmp_path, key):
+    about = records.describe(
+        "tutorial", Config(), {"kind": "cpu"},
+        {"fingerprint": "f00", "num_train": 1, "shape": [2, 2]},
+    )  # fmt: skip
+    records.write_json(tmp_path / "config.json", about)
+    assert records.read_description(tmp_path) == about
+    for damaged, what in (
+        ({**about, key: 1}, f"{key} must be of type"),
+        ({k: v for k, v in about.items() if k != key}, "config|is missing"),
+    ):
+        records.write_json(tmp_path / "config.json", damaged)
+        with pytest.raises(UserError, match=rf"config\.json: .*({what})"):
+            records.read_description(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"epochs": 3', '{"epochs": "3"}', "\0"])
+def test_a_damaged_summary_is_told_with_the_way_out(tmp_path, text):
+    assert records.read_summary(tmp_path) is None
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=r"summary\.json: damaged, .*; delete it"):
+        records.read_summary(tmp_path)
+
+
+@pytest.mark.parametrize("line", [b"{", b"\xff", b"[]", b'{"epoch": "1"}'])
+def test_a_damaged_row_names_its_line(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n' + line + b"\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
+        records.read_rows(tmp_path, types={"epoch": int})
