@@ -38,6 +38,7 @@ from ae_jax.train import (
     fit,
     key_for,
     make_members_chunk,
+    make_train_chunk,
     members_mesh,
     over_members,
 )
@@ -248,6 +249,26 @@ class Ensemble:
             )
             sys.exit(128 + signals[0])
 
+    def time_ratios(self, num_rounds: int = 5, num_steps: int = 200) -> list[float]:
+        """A seed's time in a full group over that of a single run, timed in turns."""
+        program, size = self.program, self.config.seeds.group_size
+        group, seeds = make_group(program, size), jnp.arange(size, dtype=jnp.uint32)
+        images = self.dataset.train.images
+        together = _stopwatch(
+            group.advance,
+            group.init(seeds),
+            group.put(images, None),
+            group.order(seeds, 0),
+        )
+        alone = _stopwatch(
+            make_train_chunk(program.train_step),
+            program.init(),
+            jax.device_put(images),
+            program.order(key_for(0, Purpose.SHUFFLE), 0),
+        )
+        stops = [turn * num_steps for turn in range(1, num_rounds + 2)]
+        return [together(stop) / size / alone(stop) for stop in stops][1:]
+
     def summarise(self) -> Row:
         """Write summary.json: shares and scores of all seeds, with their intervals."""
         rows = [self.results[seed] for group in groups(self.config) for seed in group]
@@ -266,6 +287,20 @@ class Ensemble:
         }
         records.write_json(self.folder / "summary.json", summary)
         return summary
+
+
+def _stopwatch(
+    advance: Callable[..., TrainState], state: TrainState, images: Array, order: Array
+) -> Callable[[int], float]:
+    """The seconds that it takes to go on to a step; the first call compiles."""
+
+    def seconds(stop: int) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        state = jax.block_until_ready(advance(state, images, order, stop))
+        return time.perf_counter() - start
+
+    return seconds
 
 
 def draw(run_dir: Path) -> Path:

@@ -4,13 +4,19 @@ A run's outcome depends on its seed alone: the ReLU on the code may lose units, 
 of them. 64 seeds, trained as eight programs of eight, tell how often.
 """
 
-from ae_jax import cli
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ae_jax import cli, records
 from ae_jax.config import (
+    FREE,
     CheckpointConfig,
     DataConfig,
     EnsembleConfig,
     FiguresConfig,
     TrainConfig,
+    diff,
 )
 
 PRESETS = {
@@ -37,8 +43,30 @@ def main(config: EnsembleConfig) -> None:
         if seeds.finished:
             return
         seeds.fit()
-        print(ensemble.summary_table(seeds.summarise()))
         ensemble.draw(config.run_dir)
+        summary = seeds.summarise()
+        print(ensemble.summary_table(summary))
+        if all(key.startswith(FREE) for key in diff(PRESETS["reference"], config)):
+            write_result(config, summary, statistics.median(seeds.time_ratios()))
+
+
+def write_result(config: EnsembleConfig, summary: dict[str, Any], ratio: float) -> None:
+    """Keep the outcome as experiments/results/seeds.json."""
+    import jax
+
+    first = config.train.seed
+    records.write_result(
+        Path(__file__).parent / "results" / "seeds.json",
+        experiment="seeds",
+        accelerator=jax.devices()[0].device_kind,
+        seeds=list(range(first, first + config.num_seeds)),
+        headline={
+            "num_seeds": config.num_seeds,
+            "share_collapsed": summary["share_collapsed"],
+            "seed_epoch_s_ratio": ratio,
+        },
+        table=[summary],
+    )
 
 
 if __name__ == "__main__":

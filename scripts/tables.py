@@ -107,6 +107,67 @@ def compare_pytorch() -> str:
     )  # fmt: skip
 
 
+def seeds() -> str:
+    """One row an outcome, and the time."""
+    result = _result("seeds")
+    (row,), head, machine = result["table"], result["headline"], result["machine"]
+    rows = [
+        [name, str(row[key]), _share(row, key), _mse(row[f"test/mse/{key}"])]
+        for name, key in OUTCOMES.items()
+    ]
+    header = ["code", "seeds", "share (95 %)", "median test MSE"]
+    return _markdown(header, rows) + (
+        f"\n{row['num_seeds']} seeds, {row['epochs']} epochs: median test MSE of all "
+        f"{row['test/mse/median']:.4f} (95 %: {row['test/mse/median_low']:.4f} to "
+        f"{row['test/mse/median_high']:.4f}); {row['wall_s'] / 60:.0f} minutes. A seed "
+        f"takes {head['seed_epoch_s_ratio']:.2f} of a single run's time. "
+        f"{machine['cores']} cores of {machine['cpu']} ({machine['gflops']:.0f} GF/s), "
+        f"{result['date']}.\n"
+    )
+
+
+OUTCOMES = {"healthy": "healthy", "a dead unit": "part_dead", "collapsed": "collapsed"}
+
+
+def _share(row: dict[str, Any], key: str) -> str:
+    share, low, high = (row[f"share_{key}{end}"] for end in ("", "_low", "_high"))
+    return f"{share:.0%} ({low:.0%} to {high:.0%})"
+
+
+def _mse(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def dead_code() -> str:
+    """The settings after three epochs, and the best after ten."""
+    result, parts = _result("dead_code"), {}
+    for part in ("short", "long"):
+        rows = [row for row in result["table"] if row["part"] == part]
+        epochs = rows[0]["epochs"]
+        header = ["setting", "seeds", *OUTCOMES, f"median test MSE, {epochs} epochs"]
+        cells = [
+            [
+                row["setting"],
+                str(row["num_seeds"]),
+                *(_share(row, key) for key in OUTCOMES.values()),
+                f"{row['test/mse/median']:.4f} ({row['test/mse/median_low']:.4f} to "
+                f"{row['test/mse/median_high']:.4f})",
+            ]
+            for row in rows
+        ]
+        parts[part] = _markdown(header, cells)
+    machine, wall_s = result["machine"], result["headline"]["wall_s"]
+    return (
+        parts["short"]
+        + "\n"
+        + parts["long"]
+        + (
+            f"\nIn brackets 95 % intervals. {wall_s / 60:.0f} minutes on "
+            f"{machine['cores']} cores of {machine['cpu']}, {result['date']}.\n"
+        )
+    )
+
+
 def _ratio(row: dict[str, Any]) -> str:
     if "median" not in row:
         return "–"
@@ -116,6 +177,8 @@ def _ratio(row: dict[str, Any]) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "tutorial": tutorial,
     "compare_pytorch": compare_pytorch,
+    "seeds": seeds,
+    "dead_code": dead_code,
 }
 
 

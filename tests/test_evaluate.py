@@ -271,6 +271,47 @@ def test_pca_without_components_is_refused(digits):
         evaluate.pca_mse(*digits, num_components=0)
 
 
+# Many runs.
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    # By hand: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.95996.
+    [(0, 10, 0.0, 0.277533), (5, 10, 0.236593, 0.763407), (64, 64, 0.943375, 1.0)],
+)
+def test_interval_of_a_share_is_wilsons(count, total, low, high):
+    found = evaluate.share_interval(count, total)
+    np.testing.assert_allclose(found, (low, high), atol=1e-6)
+
+
+def test_interval_of_a_median_holds_it_about_as_often_as_it_says():
+    draws = np.random.default_rng(0).exponential(size=(200, 25))
+    intervals = [evaluate.median_interval(row) for row in draws]
+    held = [low <= np.log(2) <= high for low, high in intervals]
+    assert 0.88 < np.mean(held) <= 0.99
+
+
+def test_interval_of_a_single_median_is_itself():
+    assert evaluate.median_interval(np.array([0.04])) == (0.04, 0.04)
+
+
+def test_summary_of_runs_counts_and_scores_each_outcome():
+    scores = {"healthy": [0.034, 0.036, 0.035], "collapsed": [0.0675]}
+    rows = [
+        {"outcome": outcome, "test/mse": mse}
+        for outcome, of_it in scores.items()
+        for mse in of_it
+    ]
+    found = evaluate.summarise_runs(rows)
+    assert (found["healthy"], found["part_dead"], found["collapsed"]) == (3, 0, 1)
+    assert found["share_healthy"] == 0.75
+    assert found["test/mse/healthy"] == 0.035
+    assert found["test/mse/part_dead"] is None
+    assert found["test/mse/median"] == pytest.approx(0.0355)
+    shares = [found["share_healthy_low"], found["share_healthy_high"]]
+    assert shares == list(evaluate.share_interval(3, 4))
+
+
 def test_module_needs_numpy_and_scipy_alone():
     code = (
         "import sys, ae_jax.evaluate; "

@@ -295,9 +295,50 @@ def test_each_run_is_a_dot_of_its_outcomes_colour():
     assert [list(line.get_xdata()) for line in means] == [[pytest.approx(0.035)] * 2]
 
 
+SEEDS = {
+    "healthy": [([1, 2], [0.06, 0.04]), ([1, 2], [0.06, 0.05])],
+    "part-dead": [],
+    "collapsed": [([1, 2], [0.073, 0.067])],
+}
+
+
+def test_each_seed_is_a_curve_of_its_outcomes_colour():
+    figure = figures.seeds(SEEDS)
+    (axes,) = figure.axes
+    drawn = [list(line.get_ydata()) for line in axes.lines]
+    assert drawn == [[0.06, 0.04], [0.06, 0.05], [0.073, 0.067]]
+    first, second, third = (to_hex(line.get_color()) for line in axes.lines)
+    assert first == second != third
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["healthy (2)", "collapsed (1)"]
+    assert axes.get_title(loc="left") == "MSE per epoch, 3 seeds"
+
+
+SHARES = {
+    "tutorial": {"healthy": 3, "part-dead": 1, "collapsed": 4},
+    "activation: leaky ReLU": {"healthy": 2, "part-dead": 0, "collapsed": 0},
+}
+
+
+def test_bars_are_the_shares_of_a_settings_runs_from_the_top():
+    (axes,) = figures.shares(SHARES).axes
+    bars = [
+        [(bar.get_x(), bar.get_width()) for bar in of_it] for of_it in axes.containers
+    ]
+    assert bars == [
+        [(0, 3 / 8), (0, 1)],
+        [(3 / 8, 1 / 8), (1, 0)],
+        [(1 / 2, 1 / 2), (1, 0)],
+    ]
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(SHARES)
+    assert axes.yaxis_inverted()
+
+
 @pytest.mark.parametrize(
     "figure",
     [
+        figures.seeds(SEEDS),
+        figures.shares(SHARES),
         figures.divergence(DRIFT, "Difference", [(100, 1e-3)]),
         figures.divergence({"one": ([938], [1e-15])}, "Difference"),
         figures.outcomes(OUTCOMES, "Test MSE"),
@@ -328,6 +369,8 @@ def example_figures():
         ),
         "divergence": figures.divergence(DRIFT, "Difference", [(100, 1e-3)]),
         "outcomes": figures.outcomes(OUTCOMES, "Test MSE"),
+        "seeds": figures.seeds(SEEDS),
+        "shares": figures.shares(SHARES),
     }
 
 
