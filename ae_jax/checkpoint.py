@@ -245,6 +245,13 @@ class Checkpoints:
             f"{damaged[newest]}; delete this folder to begin anew"
         )
 
+    def prune(self, pinned: set[int]) -> None:
+        """Remove what a process was killed over before it could: see :meth:`save`."""
+        self._pinned = pinned
+        found = self._checkpointer.checkpoints
+        kept = self.should_preserve(found, context=None)
+        self._remove(c.step for c, keep in zip(found, kept, strict=True) if not keep)
+
     def _remove(self, steps: Iterable[int]) -> None:
         for step in steps:
             # Under this name a half of it, left by a kill, is cleared by the next run.

@@ -368,10 +368,9 @@ class Board:
         for row in rows:
             self.add_row(row)
         for path in (run_dir / "figures").glob("*.png"):
-            try:
+            # A damaged picture may raise anything; the end of the run draws it anew.
+            with contextlib.suppress(Exception):
                 self.add_figure(path)
-            except Exception:  # whatever a damaged picture makes of its decoder
-                path.unlink()  # the end of the run draws it anew
 
     def add_row(self, row: Row) -> None:
         """Log an epoch's numbers against its step."""

@@ -239,6 +239,7 @@ class Trainer:
                     file=sys.stderr,
                 )
             print(f"{self.folder}: going on from step {step}", file=sys.stderr)
+            self._checkpoints.prune(self._pinned_steps())
         else:
             state = self._first_state.result()
         del self._first_state  # lest a resumed run carry it along
@@ -367,14 +368,19 @@ class Trainer:
         return bool(waited >= patience)
 
     def _save(self, state: TrainState) -> None:
-        rows, per_epoch = self._history["rows"], self._program.steps_per_epoch
-        history = {**self._history, **self._saved_with, "rows": list(rows)}
+        rows = list(self._history["rows"])
+        history = {**self._history, **self._saved_with, "rows": rows}
         history["wall_s"] = self._wall_s()
+        self._checkpoints.save(state, history, self._pinned_steps())
+
+    def _pinned_steps(self) -> set[int]:
+        """Those of the figures' epochs, and the best."""
+        rows, per_epoch = self._history["rows"], self._program.steps_per_epoch
         shown = {*self.config.figures.epochs, self.config.train.num_epochs}
         pinned = {epoch * per_epoch for epoch in shown}
         if rows:
             pinned.add(run.best_step(rows, self.config.train.loss))
-        self._checkpoints.save(state, history, pinned)
+        return pinned
 
     def _wall_s(self) -> float:
         before: float = self._wall_before

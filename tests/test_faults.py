@@ -106,6 +106,14 @@ def test_a_damaged_older_checkpoint_does_not_stop_the_newest(broken_off, finishe
     assert_same_end(broken_off, finished)
 
 
+def test_checkpoints_that_a_killed_process_had_yet_to_remove_are_removed(broken_off):
+    folder = broken_off / "checkpoints"
+    for step in ("10", "11"):
+        shutil.copytree(folder / "23", folder / step)
+    fit(dataclasses.replace(small(broken_off), checkpoint=CheckpointConfig(keep=1)))
+    assert run.open_run(broken_off).steps == [23, 69]  # those that the figures show
+
+
 # --- Any file damaged in any way ---
 
 
