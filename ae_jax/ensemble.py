@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
+import shutil
 import statistics
 import sys
 import time
@@ -21,7 +23,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from ae_jax import checkpoint, config, data, evaluate, figures, losses, records, run
@@ -38,11 +39,13 @@ from ae_jax.train import (
     fit,
     key_for,
     make_members_chunk,
+    make_runner,
     make_train_chunk,
     members_mesh,
     over_members,
+    spread,
 )
-from ae_jax.trainer import Progress, signals_noted
+from ae_jax.trainer import Progress, load_newest, signals_noted
 
 
 def use_all_cores() -> None:
@@ -75,17 +78,10 @@ class Group(NamedTuple):
     put: Callable[[Any, Any], Any]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)  # compiled programs are large
 def make_group(program: Program, num_members: int) -> Group:
     """The programs of so many members, spread over the devices at hand."""
     mesh = members_mesh(num_members)
-
-    def put(tree: Any, axes: Any) -> Any:
-        def place(axis: int | None, part: Any) -> Any:
-            spec = PartitionSpec() if axis is None else PartitionSpec("seed")
-            return jax.device_put(part, NamedSharding(mesh, spec))
-
-        return jax.tree.map(place, axes, tree, is_leaf=lambda axis: axis is None)
 
     def jitted(function: Callable[..., Any], in_axes: Any, out_axes: Any = 0) -> Any:
         return jax.jit(over_members(function, mesh, in_axes, out_axes))
@@ -105,7 +101,7 @@ def make_group(program: Program, num_members: int) -> Group:
         advance=make_members_chunk(program.train_step, mesh),
         mse=jitted(functools.partial(_in_blocks, mse), (0, None)),
         active=jitted(active, (0, None)),
-        put=put,
+        put=lambda tree, axes: jax.device_put(tree, spread(mesh, axes)),
     )
 
 
@@ -137,6 +133,14 @@ def groups(settings: EnsembleConfig) -> list[range]:
 def checkpoints_of(run_dir: Path, seeds: range) -> Path:
     """The folder of a group's checkpoints."""
     return run_dir / "checkpoints" / f"seeds-{seeds[0]}-to-{seeds[-1]}"
+
+
+def read_saved(folder: Path, history: History) -> EnsembleConfig:
+    """The config under which a checkpoint was saved."""
+    saved: EnsembleConfig = config.from_json(
+        EnsembleConfig, history["config"], str(folder)
+    )
+    return saved
 
 
 def check_resumable(known: EnsembleConfig, asked: EnsembleConfig) -> None:
@@ -176,6 +180,7 @@ class Ensemble:
     Attributes:
         config: the run's.
         results: by seed, what has become of those that are finished.
+        saved_with: what of config.json a checkpoint's history holds.
         clock: the ``time.monotonic()`` up to which time is accounted for.
         finished: whether there was nothing left to do.
     """
@@ -200,7 +205,8 @@ class Ensemble:
             return
         self.dataset = data.load(settings.data)
         self.program = run.build(settings, *self.dataset.train.images.shape)
-        run.write_description(experiment, settings, self.dataset, known)
+        description = run.write_description(experiment, settings, self.dataset, known)
+        self.saved_with = {key: description[key] for key in ("config", "data")}
 
     def _pending(self) -> list[range]:
         """The groups with a seed that has not been trained to the last epoch."""
@@ -254,20 +260,28 @@ class Ensemble:
         program, size = self.program, self.config.seeds.group_size
         group, seeds = make_group(program, size), jnp.arange(size, dtype=jnp.uint32)
         images = self.dataset.train.images
-        together = _stopwatch(
+        together = make_runner(
             group.advance,
             group.init(seeds),
             group.put(images, None),
             group.order(seeds, 0),
         )
-        alone = _stopwatch(
+        alone = make_runner(
             make_train_chunk(program.train_step),
             program.init(),
             jax.device_put(images),
             program.order(key_for(0, Purpose.SHUFFLE), 0),
         )
-        stops = [turn * num_steps for turn in range(1, num_rounds + 2)]
-        return [together(stop) / size / alone(stop) for stop in stops][1:]
+
+        def seconds(run: Callable[[int], None]) -> float:
+            start = time.perf_counter()
+            run(num_steps)
+            return time.perf_counter() - start
+
+        turns = [
+            seconds(together) / size / seconds(alone) for _ in range(num_rounds + 1)
+        ]
+        return turns[1:]  # the first compiles
 
     def summarise(self) -> Row:
         """Write summary.json: shares and scores of all seeds, with their intervals."""
@@ -287,20 +301,6 @@ class Ensemble:
         }
         records.write_json(self.folder / "summary.json", summary)
         return summary
-
-
-def _stopwatch(
-    advance: Callable[..., TrainState], state: TrainState, images: Array, order: Array
-) -> Callable[[int], float]:
-    """The seconds that it takes to go on to a step; the first call compiles."""
-
-    def seconds(stop: int) -> float:
-        nonlocal state
-        start = time.perf_counter()
-        state = jax.block_until_ready(advance(state, images, order, stop))
-        return time.perf_counter() - start
-
-    return seconds
 
 
 def draw(run_dir: Path) -> Path:
@@ -366,6 +366,8 @@ def take(run_dir: Path, seed: int, new_dir: Path) -> int:
         UserError: no such member, or none of its checkpoints yet; or ``new_dir`` is not
             empty.
     """
+    if new_dir.is_file() or (new_dir.is_dir() and any(new_dir.iterdir())):
+        raise UserError(f"{new_dir}: in the way; choose another folder")
     description = records.read_description(run_dir)
     if "num_seeds" not in description["config"]:
         raise UserError(f"{run_dir}: a run of one seed; there is none to take out")
@@ -384,23 +386,28 @@ def take(run_dir: Path, seed: int, new_dir: Path) -> int:
     init = functools.partial(make_group(program, len(group)).init, members)
     abstract = checkpoint.abstract_like(init)
     index = group.index(seed)
-    with records.lock(new_dir):
-        if (new_dir / "config.json").exists():
-            raise UserError(f"{new_dir}: holds a run already; choose another folder")
+    known = {field.name for field in dataclasses.fields(Config)}
+    plain = {k: v for k, v in description["config"].items() if k in known}
+    plain["train"] = {**plain["train"], "seed": seed}
+    plain["run_dir"] = str(new_dir)
+    beside = new_dir.with_name(f".{new_dir.name}.{os.getpid()}")
+    try:
         with (
             Checkpoints(folder) as ours,
-            Checkpoints(new_dir / "checkpoints", len(ours.steps)) as theirs,
+            Checkpoints(beside / "checkpoints", len(ours.steps)) as theirs,
         ):
             for step in ours.steps:
                 states, history = ours.load(abstract, step)
-                theirs.save(member(states, index), _history_of(history, seed), set())
-        known = {field.name for field in dataclasses.fields(Config)}
-        plain = {k: v for k, v in description["config"].items() if k in known}
-        plain["train"]["seed"], plain["run_dir"] = seed, str(new_dir)
+                check_resumable(read_saved(folder, history), settings)
+                own = {**_history_of(history, seed), "config": plain, "data": about}
+                theirs.save(member(states, index), own, set())
         taken = {"experiment": "tutorial", "config": plain}
         source = {"taken_from": {"run": str(run_dir), "seed": seed}}
-        records.write_json(new_dir / "config.json", {**description, **taken, **source})
-        return step
+        records.write_json(beside / "config.json", {**description, **taken, **source})
+        os.replace(beside, new_dir)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return step
 
 
 def member(states: TrainState, index: int) -> TrainState:
@@ -480,16 +487,15 @@ class GroupTraining:
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint's states, or the first; rewrites the log to match."""
-        steps = self._checkpoints.steps
+        folder, steps = self._checkpoints.folder, self._checkpoints.steps
         init = functools.partial(self._group.init, self._members)
         self._last_step = 0
         if steps:
-            abstract = checkpoint.abstract_like(init)
-            loaded, self._history = self._checkpoints.load(abstract, steps[-1])
+            name, fallback = str(folder), self._config.checkpoint.fallback
+            loaded, self._history = load_newest(self._checkpoints, init, fallback, name)
+            check_resumable(read_saved(folder, self._history), self._config)
             states: TrainState = self._group.put(loaded, MEMBERS)
-            seeds = f"seeds {self._seeds[0]} to {self._seeds[-1]}"
-            self._progress.say(f"{seeds}: going on from step {steps[-1]}")
-            self._tell_progress(states, steps[-1])
+            self._tell_progress(states, int(states.step))
         else:
             states = init()
         self._write_rows()
@@ -514,14 +520,17 @@ class GroupTraining:
             for name, values in states.epoch_metrics.items()
         }
         self._check_finite(metrics, step - done)
+        every = self._config.checkpoint.every_steps
+        saving = done == per_epoch or self._signals or (every and step % every == 0)
+        if saving:
+            self._check_states(states, step)
         since = time.monotonic() - self._ensemble.clock
         self._history.setdefault("first_step_s", since)
         self._history["epoch_s"] += seconds
         self._tell_progress(states, step)
         if done == per_epoch:
             self._end_epoch(states, step, metrics)
-        every = self._config.checkpoint.every_steps
-        if done == per_epoch or self._signals or (every and step % every == 0):
+        if saving:
             self._save(states)
         return not self._signals
 
@@ -537,11 +546,20 @@ class GroupTraining:
         if not bad.any():
             return
         step = int(bad.any(axis=0).argmax())
-        seed = self._seeds[int(bad[:, step].argmax())]
-        raise Diverged(
-            f"{self._config.run_dir}: seed {seed} diverged at step "
-            f"{epoch_start + step + 1}; try a smaller --train.learning-rate, or "
-            "--train.clip-norm 1, in another --run-dir"
+        raise self._diverged(int(bad[:, step].argmax()), epoch_start + step + 1)
+
+    def _check_states(self, states: TrainState, step: int) -> None:
+        """What the last update made shows in no loss yet: look before it is saved."""
+        for leaf in jax.tree.leaves((states.params, states.opt_state)):
+            bad = ~np.isfinite(leaf).reshape(len(self._seeds), -1).all(axis=1)
+            if bad.any():
+                raise self._diverged(int(bad.argmax()), step)
+
+    def _diverged(self, member: int, step: int) -> Diverged:
+        return Diverged(
+            f"{self._config.run_dir}: seed {self._seeds[member]} diverged at step "
+            f"{step}; try a smaller --train.learning-rate, or --train.clip-norm 1, in "
+            "another --run-dir"
         )
 
     def _end_epoch(
@@ -586,7 +604,8 @@ class GroupTraining:
         per_epoch = self._program.steps_per_epoch
         pinned = {epoch * per_epoch for epoch in self._config.figures.epochs}
         rows = list(self._history["rows"])
-        self._checkpoints.save(states, {**self._history, "rows": rows}, pinned)
+        history = {**self._history, **self._ensemble.saved_with, "rows": rows}
+        self._checkpoints.save(states, history, pinned)
 
     def _score(self, params: Params) -> list[Row]:
         """The results of the members on the whole test split."""

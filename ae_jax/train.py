@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
 
 from ae_jax.config import TrainConfig
@@ -213,6 +213,26 @@ def make_train_chunk(train_step: TrainStep) -> jax.stages.Wrapped:
     return jax.jit(chunk, donate_argnums=0)
 
 
+def make_runner(
+    advance: Callable[..., TrainState], state: TrainState, *inputs: Any
+) -> Callable[[int], None]:
+    """Goes on by so many steps with each call, and waits for them: for stopwatches.
+
+    Args:
+        advance: a train chunk, of one run or of many members.
+        state: where to begin; donated.
+        inputs: the chunk's images and order.
+    """
+    step = int(state.step)
+
+    def run(num_steps: int) -> None:
+        nonlocal state, step
+        step += num_steps
+        state = jax.block_until_ready(advance(state, *inputs, step))
+
+    return run
+
+
 MEMBERS = TrainState(step=None, params=0, opt_state=0, key=0, epoch_metrics=0)  # type: ignore[arg-type]
 """Axes of the states of many seeds in one: they share the step, and nothing else."""
 
@@ -239,16 +259,22 @@ def over_members(
             None where they share it; as for ``jax.vmap``.
         out_axes: the same, of what is returned.
     """
-
-    def spec(axis: int | None) -> PartitionSpec:
-        return PartitionSpec() if axis is None else PartitionSpec("seed")
-
     specs = [
-        jax.tree.map(spec, axes, is_leaf=lambda axis: axis is None)
+        jax.tree.map(lambda sharding: sharding.spec, spread(mesh, axes))
         for axes in (in_axes, out_axes)
     ]
     members = jax.vmap(function, in_axes, out_axes)
     return jax.shard_map(members, mesh=mesh, in_specs=specs[0], out_specs=specs[1])
+
+
+def spread(mesh: Mesh, axes: Any) -> Any:
+    """Where arrays with such axes lie: 0 with their members, None on every device."""
+
+    def sharding(axis: int | None) -> NamedSharding:
+        spec = PartitionSpec() if axis is None else PartitionSpec("seed")
+        return NamedSharding(mesh, spec)
+
+    return jax.tree.map(sharding, axes, is_leaf=lambda axis: axis is None)
 
 
 def make_members_chunk(train_step: TrainStep, mesh: Mesh) -> jax.stages.Wrapped:
@@ -265,7 +291,8 @@ def make_members_chunk(train_step: TrainStep, mesh: Mesh) -> jax.stages.Wrapped:
     """
     chunk = make_train_chunk(train_step)
     members = over_members(chunk, mesh, (MEMBERS, None, 0, None), MEMBERS)
-    return jax.jit(members, donate_argnums=0)
+    # Said, lest the states come out placed alike but named otherwise: a second program.
+    return jax.jit(members, donate_argnums=0, out_shardings=spread(mesh, MEMBERS))
 
 
 def epoch_order(

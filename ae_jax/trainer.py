@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
@@ -100,6 +100,38 @@ def start(
             yield trainer
         finally:
             trainer.close()
+
+
+def load_newest(
+    checkpoints: Checkpoints,
+    init: Callable[[], TrainState],
+    fallback: bool,
+    name: str,
+) -> tuple[TrainState, History]:
+    """The newest state and its history; says which it is, and what is lost.
+
+    Args:
+        checkpoints: of the run; there is one.
+        init: makes a state of that form.
+        fallback: as for :meth:`Checkpoints.load_newest`.
+        name: of what is loaded.
+
+    Raises:
+        UserError: see there.
+    """
+    newest = checkpoints.steps[-1]
+    abstract = checkpoint.abstract_like(init)
+    state, history, damaged = checkpoints.load_newest(abstract, fallback)
+    step = int(state.step)
+    if damaged:
+        reasons = ", ".join(f"{s} ({why})" for s, why in damaged.items())
+        tqdm.write(
+            f"warning: {name}: removed damaged checkpoints of steps {reasons}; "
+            f"{newest - step} steps are lost",
+            file=sys.stderr,
+        )
+    tqdm.write(f"{name}: going on from step {step}", file=sys.stderr)
+    return state, history
 
 
 class Trainer:
@@ -226,19 +258,10 @@ class Trainer:
         steps = self._checkpoints.steps
         state: TrainState
         if steps:
-            state, self._history, damaged = self._checkpoints.load_newest(
-                checkpoint.abstract_like(self._program.init),
-                self.config.checkpoint.fallback,
+            fallback = self.config.checkpoint.fallback
+            state, self._history = load_newest(
+                self._checkpoints, self._program.init, fallback, str(self.folder)
             )
-            step = int(state.step)
-            if damaged:
-                reasons = ", ".join(f"{s} ({why})" for s, why in damaged.items())
-                print(
-                    f"warning: {self.folder}: removed damaged checkpoints of steps "
-                    f"{reasons}; {steps[-1] - step} steps are lost",
-                    file=sys.stderr,
-                )
-            print(f"{self.folder}: going on from step {step}", file=sys.stderr)
             self._checkpoints.prune(self._pinned_steps())
         else:
             state = self._first_state.result()

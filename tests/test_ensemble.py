@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,7 +216,7 @@ def test_resumed_seeds_equal_uninterrupted_ones(
     done = [row["seed"] for row in records.read_rows(config.run_dir, ensemble.RESULTS)]
     assert done == [5, 6]
     finish(config)
-    assert f"seeds 7 to 8: going on from step {step}" in capsys.readouterr().err
+    assert f"seeds-7-to-8: going on from step {step}" in capsys.readouterr().err
     assert_same_end(config, finished)
 
 
@@ -315,11 +316,45 @@ def test_a_member_taken_out_goes_on_as_a_single_run(finished, taken, tmp_path):
 def test_a_seed_that_is_not_there_leaves_no_folder(finished, tmp_path, seed, message):
     with pytest.raises(UserError, match=message):
         ensemble.take(finished, seed, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_group_is_not_taken_from_and_goes_back_if_asked(
+    finished, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = small(folder, num_epochs=4)
+    newest = ensemble.checkpoints_of(folder, range(5, 7)) / "69"
+    (newest / "record" / "data.json").unlink()
+    with pytest.raises(UserError, match="69: damaged checkpoint"):
+        ensemble.take(folder, 5, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with pytest.raises(UserError, match=r"--checkpoint\.fallback"):
+        finish(config)
+    asked = CheckpointConfig(fallback=True)
+    finish(dataclasses.replace(config, checkpoint=asked))
+    assert "23 steps are lost" in capsys.readouterr().err
+    expected = [(s, e) for s in (5, 6, 7, 8) for e in (1, 2, 3, 4)]
+    rows = records.read_rows(folder)
+    assert sorted((row["seed"], row["epoch"]) for row in rows) == expected
+
+
+def test_a_config_that_is_not_the_checkpoints_is_refused(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('rate": 0.001', 'rate": 0.003'))
+    for work in (
+        lambda: ensemble.take(folder, 5, tmp_path / "new"),
+        lambda: finish(small(folder, num_epochs=4, learning_rate=0.003)),
+    ):
+        with pytest.raises(UserError, match=r"learning_rate: the run has 0\.001"):
+            work()
 
 
 def test_nothing_is_taken_into_or_out_of_a_single_run(finished, taken):
-    with pytest.raises(UserError, match="holds a run already"):
+    with pytest.raises(UserError, match="in the way; choose another folder"):
         ensemble.take(finished, 5, taken)
     with pytest.raises(UserError, match="a run of one seed"):
         ensemble.take(taken, 8, taken.parent / "again")
