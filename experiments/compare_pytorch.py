@@ -102,7 +102,6 @@ if __name__ == "__main__":
 
 import contextlib
 import functools
-import itertools
 import json
 import statistics
 import subprocess
@@ -139,6 +138,7 @@ from ae_jax.train import (
     TrainState,
     TrainStep,
     key_for,
+    make_runner,
     make_train_chunk,
     make_train_step,
 )
@@ -493,8 +493,6 @@ def train_theirs(pair: Pair, seed: int) -> Row:
 
 # --- e. Speed and memory -------------------------------------------------------------
 
-Contender = Callable[[int], object]  # trains so many steps
-
 
 class Race:
     """All contenders in one process, built and warmed up, to be timed in turns."""
@@ -502,35 +500,14 @@ class Race:
     def __init__(self, pair: Pair) -> None:
         self._steps = pair.config.speed_steps
         self._per_epoch = pair.ours().steps_per_epoch
-        self._contenders: dict[str, Contender] = {
+        images = pair.dataset.train.images.reshape(-1, *pair.dataset.shape)
+        rate, seed = pair.config.train.learning_rate, pair.config.train.seed
+        train = baseline.Train(learning_rate=rate, seed=seed)
+        self._contenders: dict[str, baseline.Contender] = {
             "ours": our_contender(pair),
-            "item_by_item": loader_contender(pair),
-            "in_memory": memory_contender(pair),
-            "fused": memory_contender(pair, fused=True),
-            "compiled": memory_contender(pair, fused=True, compiled=True),
+            **baseline.make_contenders(images, pair.theirs, train),
         }
-        self._threads = self._choose_threads()
-        self._failed: str | None = None
-        torch.set_num_threads(self._threads)  # code is compiled for that many
-        for name, contender in list(self._contenders.items()):
-            try:
-                contender(5)
-            except Exception as error:  # whatever a compiler may lack
-                if name != "compiled":
-                    raise
-                self._failed = str(error).strip().splitlines()[0]
-                del self._contenders[name]
-
-    def _choose_threads(self) -> int:
-        """The number of threads with which PyTorch is faster: one, or all cores."""
-        contender = self._contenders["fused"]
-
-        def seconds(num_threads: int) -> float:
-            torch.set_num_threads(num_threads)
-            contender(5)
-            return stopwatch(contender, 30)
-
-        return min({1, records.usable_cores()}, key=seconds)
+        self._threads, self._failed = baseline.warm_up(self._contenders)
 
     def round(self) -> Row:
         """Time each contender once.
@@ -541,7 +518,7 @@ class Race:
         torch.set_num_threads(self._threads)
         share = self._per_epoch / self._steps
         seconds = {
-            name: stopwatch(contender, self._steps) * share
+            name: baseline.stopwatch(contender, self._steps) * share
             for name, contender in self._contenders.items()
         }
         torch.set_num_threads(1)
@@ -552,58 +529,15 @@ class Race:
         }
 
 
-def stopwatch(contender: Contender, num_steps: int) -> float:
-    """Seconds for so many steps."""
-    start = time.perf_counter()
-    contender(num_steps)
-    return time.perf_counter() - start
-
-
-def our_contender(pair: Pair) -> Contender:
+def our_contender(pair: Pair) -> baseline.Contender:
     """Our train chunk, the images on the device."""
     program = pair.ours()
-    chunk, state = make_train_chunk(program.train_step), program.init()
-    images = jax.device_put(pair.dataset.train.images)
-    order = jnp.asarray(pair.shuffle(program, 0))
-
-    def train(num_steps: int) -> None:
-        nonlocal state
-        stop = int(state.step) + num_steps
-        state = jax.block_until_ready(chunk(state, images, order, stop))
-
-    return train
-
-
-def loader_contender(pair: Pair) -> Contender:
-    """PyTorch as the tutorial has it: each image fetched and scaled by itself."""
-    images = pair.dataset.train.images.reshape(-1, *pair.dataset.shape)
-    train = pair.config.train
-    loader = baseline.make_loader(images, train.batch_size, train.seed)
-    model = pair.theirs()
-    optimizer = pair.adam(model)
-
-    def run_steps(num_steps: int) -> None:
-        batches = itertools.islice(loader, num_steps)
-        baseline.train_epoch(model, optimizer, batches, torch.nn.MSELoss())
-
-    return run_steps
-
-
-def memory_contender(
-    pair: Pair, fused: bool | None = None, compiled: bool = False
-) -> Contender:
-    """PyTorch with all images in memory; the short last batch comes in every call."""
-    images = torch.from_numpy(pair.dataset.train.images)
-    model = pair.theirs()
-    optimizer = pair.adam(model, fused)
-    forward: Any = torch.compile(model) if compiled else model
-
-    def train(num_steps: int) -> None:
-        order = torch.randperm(len(images)).split(pair.config.train.batch_size)
-        batches = baseline.scaled_batches(images, order[-num_steps:])
-        baseline.train_epoch(forward, optimizer, batches, torch.nn.MSELoss())
-
-    return train
+    return make_runner(
+        make_train_chunk(program.train_step),
+        program.init(),
+        jax.device_put(pair.dataset.train.images),
+        jnp.asarray(pair.shuffle(program, 0)),
+    )
 
 
 def measure_memory(config: Comparison) -> dict[str, int]:

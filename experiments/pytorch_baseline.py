@@ -236,6 +236,93 @@ def scaled_batches(
         yield images[rows].to(torch.get_default_dtype()).div(255)
 
 
+# --- The same training in other ways, for comparisons of speed -----------------------
+
+Contender = Callable[[int], object]  # trains so many steps
+
+
+def make_contenders(
+    images: UInt8[np.ndarray, "N H W"],
+    make_model: Callable[[], Autoencoder],
+    train: Train,
+) -> dict[str, Contender]:
+    """The ways to feed and to update this network in PyTorch, the tutorial's first.
+
+    Args:
+        images: stored pixels, 0 to 255.
+        make_model: gives each contender a model of its own.
+        train: batch size, learning rate and seed.
+    """
+    size, stored = train.batch_size, torch.from_numpy(images.reshape(len(images), -1))
+    scaled = torch.utils.data.TensorDataset(stored.float().div(255))
+    tensors = DataLoader(scaled, batch_size=size, shuffle=True)
+    items = make_loader(images, size, train.seed)
+
+    def in_memory(num_steps: int) -> Iterator[Float[Tensor, "B D"]]:
+        order = torch.randperm(len(stored)).split(size)
+        return scaled_batches(stored, order[-num_steps:])  # the short one among them
+
+    def contender(
+        batches: Callable[[int], Iterable[Tensor]],
+        fused: bool | None = None,
+        compiled: bool = False,
+    ) -> Contender:
+        model = make_model()
+        rate = train.learning_rate
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=fused)
+        forward: Any = torch.compile(model) if compiled else model
+        loss = torch.nn.MSELoss()
+        return lambda steps: train_epoch(forward, optimizer, batches(steps), loss)
+
+    return {
+        "item_by_item": contender(lambda steps: itertools.islice(items, steps)),
+        "data_loader": contender(
+            lambda steps: (batch for (batch,) in itertools.islice(tensors, steps))
+        ),
+        "in_memory": contender(in_memory),
+        "fused": contender(in_memory, fused=True),
+        "compiled": contender(in_memory, fused=True, compiled=True),
+    }
+
+
+def warm_up(contenders: dict[str, Contender]) -> tuple[int, str | None]:
+    """Let PyTorch compile, for the number of threads with which it is faster.
+
+    Args:
+        contenders: of :func:`make_contenders`, and others; if there is no compiler,
+            ``compiled`` is removed.
+
+    Returns:
+        The threads, one or all cores, to be set whenever they are timed; and why
+        ``compiled`` is missing.
+    """
+
+    def seconds(num_threads: int) -> float:
+        torch.set_num_threads(num_threads)
+        contenders["fused"](5)
+        return stopwatch(contenders["fused"], 30)
+
+    threads = min({1, records.usable_cores()}, key=seconds)
+    torch.set_num_threads(threads)  # code is compiled for that many
+    failed = None
+    for name, contender in list(contenders.items()):
+        try:
+            contender(5)
+        except Exception as error:  # whatever a compiler may lack
+            if name != "compiled":
+                raise
+            failed = str(error).strip().splitlines()[0]
+            del contenders[name]
+    return threads, failed
+
+
+def stopwatch(contender: Contender, num_steps: int) -> float:
+    """Seconds for so many steps."""
+    start = time.perf_counter()
+    contender(num_steps)
+    return time.perf_counter() - start
+
+
 # --- The tutorial's course, in a run folder ------------------------------------------
 
 

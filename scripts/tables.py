@@ -60,6 +60,7 @@ SIDES = {"ours": "ours", "theirs": "PyTorch"}
 CONTENDERS = {
     "ours": "ours",
     "item_by_item": "PyTorch, item by item as in the tutorial",
+    "data_loader": "PyTorch, a `DataLoader` over tensors",
     "in_memory": "PyTorch, images in memory",
     "fused": "PyTorch, in memory, fused Adam",
     "compiled": "PyTorch, in memory, fused Adam, `torch.compile`",
