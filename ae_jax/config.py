@@ -115,8 +115,8 @@ class TrainConfig:
     """Stop after this many epochs without a better validation loss."""
     seed: int = 0
     """Seed of every draw: initial weights, order of the images, noise."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Number format of parameters, optimiser and arithmetic."""
+    precision: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Number format; bfloat16 is the layers' arithmetic alone, the rest is float32."""
 
     def __post_init__(self) -> None:
         _check_positive("train", self, "num_epochs", "batch_size", "learning_rate")

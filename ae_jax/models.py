@@ -57,7 +57,8 @@ class Autoencoder(nn.Module):
         code_width: K, the units of the code.
         code_activation: a name in ``ACTIVATIONS``, applied to the code only.
         initializer: ``torch`` (see :func:`uniform_within`), or a name in ``KERNELS``.
-        dtype: of parameters and arithmetic.
+        dtype: of the layers' arithmetic.
+        param_dtype: of parameters, and of codes and pixels as they come out.
     """
 
     num_pixels: int
@@ -66,6 +67,7 @@ class Autoencoder(nn.Module):
     code_activation: str = "relu"
     initializer: str = "torch"
     dtype: jnp.dtype = jnp.dtype("float32")
+    param_dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self) -> None:
         """Name the layers encoder_0, …, decoder_0, …, each a kernel and a bias."""
@@ -84,7 +86,7 @@ class Autoencoder(nn.Module):
         return nn.Dense(
             width,
             dtype=self.dtype,
-            param_dtype=self.dtype,
+            param_dtype=self.param_dtype,
             kernel_init=kernel,
             bias_init=bias,
         )
@@ -93,13 +95,15 @@ class Autoencoder(nn.Module):
         """The code of each image; non-negative if its activation is ReLU."""
         for layer in self.encoder[:-1]:
             x = nn.relu(layer(x))
-        return ACTIVATIONS[self.code_activation](self.encoder[-1](x))
+        code = self.encoder[-1](x).astype(self.param_dtype)
+        return ACTIVATIONS[self.code_activation](code)
 
     def decode(self, code: Float[Array, "B K"]) -> Float[Array, "B D"]:
         """The image of each code, pixels in (0, 1)."""
         for layer in self.decoder[:-1]:
             code = nn.relu(layer(code))
-        return nn.sigmoid(self.decoder[-1](code))
+        # A sigmoid in bfloat16 would leave fewer grey levels than the images have.
+        return nn.sigmoid(self.decoder[-1](code).astype(self.param_dtype))
 
     def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
         """The reconstruction: ``decode(encode(x))``."""

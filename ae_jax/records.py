@@ -269,7 +269,7 @@ def note_surroundings(description: dict[str, Any], now: dict[str, Any]) -> str |
         f"{part}.{name} {last[part].get(name)} → {value}"
         for part in ("versions", "device")
         for name, value in now[part].items()
-        if last[part].get(name) != value
+        if last[part].get(name, value) != value  # an older version recorded less
     ]
     if not changes:
         return None

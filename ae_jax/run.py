@@ -44,6 +44,14 @@ BLOCK = 1000
 """Images that go through the model at a time, outside training."""
 
 
+PARAM_DTYPES: dict[str, np.dtype] = {
+    "float32": jnp.dtype("float32"),
+    "float64": jnp.dtype("float64"),
+    "bfloat16": jnp.dtype("float32"),
+}
+"""What parameters, optimiser and losses are kept in, by ``train.precision``."""
+
+
 class Program(NamedTuple):
     """What a config determines before any image is seen.
 
@@ -88,7 +96,8 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
         model_config.code_width,
         model_config.code_activation,
         model_config.init,
-        np.dtype(train.precision),
+        dtype=jnp.dtype(train.precision),
+        param_dtype=PARAM_DTYPES[train.precision],
     )
     loss = _choose(losses.LOSSES, train.loss, "train.loss")
     steps_per_epoch = -(-num_train // train.batch_size)
@@ -97,7 +106,7 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
     train_step = make_train_step(losses.make_reconstruction(model, loss), tx)
 
     def init_params(key: jax.Array) -> Params:
-        return model.init(key, jnp.zeros((1, num_pixels), model.dtype))["params"]
+        return model.init(key, jnp.zeros((1, num_pixels), model.param_dtype))["params"]
 
     def init_at(seed: Any) -> TrainState:
         batches = (steps_per_epoch, train.batch_size, num_pixels)
@@ -318,7 +327,12 @@ def describe(
         "num_train": len(dataset.train.images),
         "shape": list(dataset.shape),
     }
-    device = {"kind": devices[0].device_kind, "count": len(devices)}
+    device = {
+        "kind": devices[0].device_kind,
+        "count": len(devices),
+        "matmul_precision": jax.config.values["jax_default_matmul_precision"]
+        or "default",
+    }
     # Asked for once, it must not come back with --config.
     kept = dataclasses.replace(settings.checkpoint, fallback=False)
     settings = dataclasses.replace(settings, checkpoint=kept)

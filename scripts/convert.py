@@ -179,6 +179,7 @@ def _write_run(
         keep = settings.checkpoint.keep
         with checkpoint.Checkpoints(made / "checkpoints", keep) as checkpoints:
             history = {"rows": [], "epoch_s": 0.0, "wall_s": 0.0}
+            history |= {key: description[key] for key in ("config", "data")}
             checkpoints.save(state._replace(params=params), history, set())
         os.replace(made, folder)
 
@@ -288,7 +289,7 @@ def _compare(
     """How far what JAX makes of one state dict is from what PyTorch does of another."""
     from ae_jax import run
 
-    x = run.scale(images, np.dtype(settings.train.precision))
+    x = run.scale(images, run.PARAM_DTYPES[settings.train.precision])
     recon = _reconstruct_in_jax(settings, ours, x)
     if importlib.util.find_spec("torch"):
         target, sides = _reconstruct_in_torch(settings, theirs, x), "JAX and PyTorch"
@@ -330,7 +331,7 @@ def _reconstruct_in_torch(
     sizes = settings.model
     model = Autoencoder(x.shape[1], sizes.hidden, sizes.code_width)
     model.encoder[-1] = activations[sizes.code_activation]()
-    model.to(getattr(torch, settings.train.precision))
+    model.to(getattr(torch, x.dtype.name))
     tensors = {name: torch.tensor(array) for name, array in state_dict.items()}
     model.load_state_dict(tensors)
     with torch.inference_mode():

@@ -115,9 +115,24 @@ def test_initialiser_is_the_one_asked_for(initializer, zero_bias, variance):
     np.testing.assert_allclose(np.var(kernel), variance / 784, rtol=0.05)
 
 
+def test_in_bfloat16_codes_and_pixels_come_out_in_float32_and_near():
+    fine, coarse = (
+        Autoencoder(20, (8,), 4, code_activation="none", dtype=jnp.dtype(dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    params, x = params_of(fine, 20), jax.random.uniform(KEY, (64, 20))
+    outputs = [model.apply({"params": params}, x) for model in (fine, coarse)]
+    assert {output.dtype.name for output in outputs} == {"float32"}
+    np.testing.assert_allclose(*outputs, atol=0.01)
+    assert len(np.unique(outputs[1])) > 200  # bfloat16 has 96 between 0.38 and 0.62
+    code = coarse.apply({"params": params}, x, method="encode")
+    assert code.dtype == jnp.float32
+
+
 def test_double_precision_reaches_every_parameter():
     jax.config.update("jax_enable_x64", True)
-    model = Autoencoder(20, (8,), 4, dtype=jnp.dtype("float64"))
+    double = jnp.dtype("float64")
+    model = Autoencoder(20, (8,), 4, dtype=double, param_dtype=double)
     params = params_of(model, 20)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float64"}
     recon = model.apply({"params": params}, jnp.zeros((1, 20)))

@@ -259,6 +259,15 @@ def test_double_precision_reaches_the_optimiser_and_the_metrics():
     assert {leaf.dtype.name for leaf in floats} == {"float64"}
 
 
+def test_bfloat16_is_the_arithmetic_of_the_layers_alone():
+    states = [train(program_of(precision=p), [12]) for p in ("bfloat16", "float32")]
+    floats = jax.tree.leaves(states[0]._replace(step=(), key=()))
+    assert {leaf.dtype.name for leaf in floats} == {"float32", "int32"}
+    coarse, fine = (state.epoch_metrics["loss"] for state in states)
+    np.testing.assert_allclose(coarse, fine, rtol=0.01)
+    assert np.abs(coarse - fine).max() > 1e-6
+
+
 def fit_and_record(save_every, until, on_chunk=lambda *_: True):
     program, stops, epochs = program_of(), [], []
 
