@@ -1,0 +1,116 @@
+"""What makes it fast and can be counted: programs, transfers, copies, operations.
+
+Seconds belong into scripts/benchmark.py; these numbers are the same on every machine.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ae_jax import ensemble, run
+from ae_jax.config import Config, EnsembleConfig, ModelConfig
+from ae_jax.train import MEMBERS, Purpose, key_for, make_train_chunk
+
+N, D, B = 200, 784, 64
+IMAGES = np.random.default_rng(0).integers(0, 256, (N, D), np.uint8)
+
+
+def made_up(abstract):
+    """Arrays of these shapes; to draw the first state would take seconds to compile."""
+
+    def fill(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.split(jax.random.key(0), leaf.shape)
+        return jnp.full(leaf.shape, 0, leaf.dtype)
+
+    return jax.tree.map(fill, abstract)
+
+
+@functools.cache
+def tutorial():
+    """The reference program, its jitted chunk, and that chunk compiled."""
+    program = run.build(Config(), N, D)
+    state = jax.eval_shape(program.init)
+    chunk = make_train_chunk(program.train_step)
+    order = program.order(key_for(0, Purpose.SHUFFLE), 0)
+    return program, chunk, chunk.lower(state, IMAGES, order, 0).compile()
+
+
+def num_params(state):
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def test_any_split_of_an_epoch_and_any_epoch_run_one_program():
+    program, _, _ = tutorial()
+    chunk = make_train_chunk(program.train_step)
+    state = made_up(jax.eval_shape(program.init))
+    images = jax.device_put(IMAGES)
+    for epoch in range(2):
+        order = program.order(key_for(0, Purpose.SHUFFLE), epoch)
+        for stop in (1, 2, 4):
+            state = chunk(state, images, order, epoch * 4 + stop)
+    assert int(state.step) == 8
+    assert chunk._cache_size() == 1
+    assert program.order._cache_size() == 1
+
+
+def test_within_an_epoch_nothing_goes_to_or_from_the_host():
+    program, chunk, _ = tutorial()
+    state = made_up(jax.eval_shape(program.init))
+    images, stop = jax.device_put((IMAGES, jnp.int32(4)))
+    order = program.order(key_for(0, Purpose.SHUFFLE), 0)
+    with jax.transfer_guard("disallow"):
+        state = jax.block_until_ready(chunk(state, images, order, stop))
+    with (
+        pytest.raises(Exception, match=r"[Dd]isallowed"),
+        jax.transfer_guard("disallow"),
+    ):
+        chunk(state, IMAGES, order, stop)  # these would have to
+
+
+def test_the_state_is_updated_in_place():
+    program, chunk, compiled = tutorial()
+    state = made_up(jax.eval_shape(program.init))
+    leaves = jax.tree.leaves((state.params, state.opt_state, state.epoch_metrics))
+    kept = sum(leaf.nbytes for leaf in leaves)
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= kept
+    # Beside it: the gradients, the activations of a batch, and its images.
+    widths = sum(ModelConfig.hidden) * 2 + ModelConfig.code_width + D
+    room = 4 * (num_params(state) + 4 * B * (widths + D))
+    assert memory.temp_size_in_bytes <= room
+    order = program.order(key_for(0, Purpose.SHUFFLE), 0)
+    chunk(state, IMAGES, order, 1)
+    assert all(leaf.is_deleted() for leaf in leaves)
+
+
+def test_a_step_costs_its_products_and_adam_and_little_else():
+    program, _, _ = tutorial()
+    state = jax.eval_shape(program.init)
+    x = jax.ShapeDtypeStruct((B, D), jnp.float32)
+    weight = jax.ShapeDtypeStruct((B,), jnp.float32)
+    cost = jax.jit(program.train_step).lower(state, x, weight).compile().cost_analysis()
+    params = num_params(state)
+    first = D * ModelConfig.hidden[0]  # nobody asks for the gradient of the images
+    products = 2 * B * (3 * params - first)
+    assert products <= cost["flops"] <= 1.1 * products
+    # Parameters, both moments and gradients are read and written a few times at most.
+    assert cost["bytes accessed"] <= 4 * (20 * params + 16 * B * D)
+
+
+def test_members_share_one_program_and_are_updated_in_place():
+    program = run.build(EnsembleConfig(), N, D)
+    group = ensemble.make_group(program, 2)
+    members = jnp.arange(2, dtype=jnp.uint32)
+    states = group.put(made_up(jax.eval_shape(group.init, members)), MEMBERS)
+    leaves = jax.tree.leaves((states.params, states.opt_state))
+    images = group.put(IMAGES, None)
+    for stop in (1, 4):
+        states = group.advance(states, images, group.order(members, 0), stop)
+    assert group.advance._cache_size() == 1
+    assert all(leaf.is_deleted() for leaf in leaves)
+    assert math.isfinite(float(states.epoch_metrics["loss"].sum()))
