@@ -1,5 +1,6 @@
 """Weights go between run folders, safetensors and PyTorch exactly; traps do not."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -370,13 +371,12 @@ def test_data_of_another_size_are_refused(tmp_path):
     assert os.listdir(tmp_path) == ["a.pt"]
 
 
-def test_a_model_without_a_counterpart_is_refused(trained, tmp_path, monkeypatch):
+def test_a_model_without_a_counterpart_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(models.MODELS, "twin", models.Autoencoder)
     folder = tmp_path / "run"
-    shutil.copytree(trained, folder)
-    description = (trained / "config.json").read_text()
-    twin = description.replace('"autoencoder"', '"twin"')
-    (folder / "config.json").write_text(twin)
+    settings = small(folder, num_epochs=1)
+    twin = dataclasses.replace(settings.model, name="twin")
+    fit(dataclasses.replace(settings, model=twin))
     with pytest.raises(UserError, match="a run of the model twin; only those of"):
         to(folder, tmp_path / "a.pt")
 
