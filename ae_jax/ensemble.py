@@ -273,15 +273,16 @@ class Ensemble:
             program.order(key_for(0, Purpose.SHUFFLE), 0),
         )
 
-        def seconds(run: Callable[[int], None]) -> float:
+        def seconds(run: Callable[[int], None], num_steps: int) -> float:
             start = time.perf_counter()
             run(num_steps)
             return time.perf_counter() - start
 
-        turns = [
-            seconds(together) / size / seconds(alone) for _ in range(num_rounds + 1)
-        ]
-        return turns[1:]  # the first compiles
+        turns = range(num_rounds + 1)  # the first compiles
+        return [
+            seconds(together, num_steps) / seconds(alone, size * num_steps)
+            for _ in turns
+        ][1:]
 
     def summarise(self) -> Row:
         """Write summary.json: shares and scores of all seeds, with their intervals."""
@@ -369,8 +370,11 @@ def take(run_dir: Path, seed: int, new_dir: Path) -> int:
     if new_dir.is_file() or (new_dir.is_dir() and any(new_dir.iterdir())):
         raise UserError(f"{new_dir}: in the way; choose another folder")
     description = records.read_description(run_dir)
-    if "num_seeds" not in description["config"]:
-        raise UserError(f"{run_dir}: a run of one seed; there is none to take out")
+    if description["experiment"] != "seeds":
+        raise UserError(
+            f"{run_dir}: a run of experiments.{description['experiment']}; only one of "
+            "experiments.seeds has seeds to take out"
+        )
     settings = run.read_config(run_dir, description, EnsembleConfig)
     all_groups = groups(settings)
     group = next((seeds for seeds in all_groups if seed in seeds), None)

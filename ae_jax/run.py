@@ -231,6 +231,10 @@ def open_run(run_dir: Path | str, which: str | int = "latest") -> OpenRun:
     """
     folder = Path(run_dir)
     description = records.read_description(folder)
+    if "num_seeds" in description["config"]:
+        raise UserError(
+            f"{folder}: a run of many seeds; scripts/take_seed.py takes one out"
+        )
     settings, about = read_config(folder, description, Config), description["data"]
     if not (folder / "checkpoints").is_dir():
         raise _no_checkpoint(folder)

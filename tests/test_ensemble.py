@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import ROOT
+from test_commands import command
 from test_trainer import interrupt_at, rows_without_times
 
 from ae_jax import data, ensemble, records, run
@@ -356,6 +357,32 @@ def test_a_config_that_is_not_the_checkpoints_is_refused(finished, tmp_path):
 def test_nothing_is_taken_into_or_out_of_a_single_run(finished, taken):
     with pytest.raises(UserError, match="in the way; choose another folder"):
         ensemble.take(finished, 5, taken)
-    with pytest.raises(UserError, match="a run of one seed"):
+    with pytest.raises(UserError, match=r"a run of experiments\.tutorial; only"):
         ensemble.take(taken, 8, taken.parent / "again")
     assert json.loads((taken / "config.json").read_text())["taken_from"]["seed"] == 8
+
+
+# --- As a user types it --------------------------------------------------------------
+
+
+def test_the_commands_of_many_seeds(tmp_path):
+    folder, one = tmp_path / "many", tmp_path / "one"
+    options = ["--preset", "quick", "--num-seeds", "2", "--model.hidden", "8"]
+    done = command("-m", "experiments.seeds", *options, "--run-dir", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "median test MSE of all: 0." in done.stdout
+    assert (folder / "figures" / "seeds.png").exists()
+    done = command("scripts/plot.py", folder)
+    assert (done.returncode, done.stdout) == (0, f"{folder}/figures/seeds.png\n")
+    done = command("scripts/take_seed.py", folder, 1, one)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"{one}: seed 1 at step 69; go on with python -m" in done.stdout
+    done = command("scripts/evaluate.py", one, "--json")
+    (_, result) = records.read_rows(folder, ensemble.RESULTS)
+    scores = json.loads(done.stdout)
+    np.testing.assert_allclose(scores["test/mse"], result["test/mse"], rtol=1e-6)
+    done = command("scripts/evaluate.py", folder)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: {folder}: a run of many seeds; scripts/take_seed.py takes one out\n"
+    )
