@@ -308,6 +308,25 @@ def shares(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     return figure
 
 
+@matplotlib.style.context(STYLE)
+def scaling(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+    """How a cost grows, on logarithmic axes, each beside its ideal as a dashed line.
+
+    Args:
+        panels: by title, points with ``x``, ``y`` and ``ideal``.
+    """
+    num_rows = math.ceil(len(panels) / 2)
+    figure = Figure((10, 4 * num_rows), dpi=DPI, layout="constrained")
+    for index, (title, points) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(num_rows, 2, index)
+        axes.set_title(title, loc="left", fontsize="medium")
+        axes.set(xscale="log", yscale="log")
+        x = [point["x"] for point in points]
+        axes.plot(x, [point["ideal"] for point in points], "--", color="0.5", lw=1.5)
+        axes.plot(x, [point["y"] for point in points], marker="o")
+    return figure
+
+
 @matplotlib.style.context("default")
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG; the same figure gives the same bytes.

@@ -141,6 +141,7 @@ def test_importing_a_loss_loads_no_data_checkpoint_or_figure_library():
         ["scripts/compare.py"],
         ["scripts/convert.py"],
         ["scripts/take_seed.py"],
+        ["scripts/benchmark.py"],
         ["scripts/tables.py"],
         ["scripts/verify_resume.py"],
     ],
