@@ -309,7 +309,7 @@ def shares(counts: Mapping[str, Mapping[str, int]]) -> Figure:
 
 
 @matplotlib.style.context(STYLE)
-def scaling(panels: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
+def scaling(panels: Mapping[str, Sequence[Mapping[str, int | float]]]) -> Figure:
     """How a cost grows, on logarithmic axes, each beside its ideal as a dashed line.
 
     Args:

@@ -41,6 +41,7 @@ class Sizes:
     widths: tuple[int, ...]
     seeds: tuple[int, ...]
     images: tuple[int, ...]
+    turn_s: float = 0.5
 
 
 PRESETS = {
@@ -128,7 +129,7 @@ def part(name: str) -> Iterator[None]:
 
 
 def best_of(
-    work: Callable[[], object], rounds: int = 5, least_s: float = 0.01
+    work: Callable[[], object], rounds: int = 5, least_s: float = 0.004
 ) -> float:
     """Seconds that a piece of work takes at its fastest, repeated until it is long."""
     work()
@@ -390,21 +391,25 @@ def measure_parts(run_dir: Path, data_config: DataConfig) -> dict[str, float]:
 def measure_scaling(sizes: Sizes, images: np.ndarray) -> dict[str, list[Row]]:
     """Seconds of a step or an image as one size grows; ``ideal`` from the first on."""
     found: dict[str, list[Row]] = {"batch": [], "width": [], "seeds": [], "images": []}
+    turn_s = sizes.turn_s
     for batch in sizes.batches:
         settings = Config(train=TrainConfig(batch_size=batch))
-        found["batch"].append({"x": batch, "y": step_s(settings, images) / batch})
+        y = step_s(settings, images, turn_s) / batch
+        found["batch"].append({"x": batch, "y": y})
     for times in sizes.widths:
         hidden = tuple(times * width for width in ModelConfig.hidden)
         settings = Config(model=ModelConfig(hidden=hidden))
         shapes = layers(settings, images.shape[1])
-        work = sum(m * k * n for m, k, n in products(shapes, 64))
-        row = {"x": times, "y": step_s(settings, images), "work": work}
-        found["width"].append(row)
+        work = sum(m * k * n for m, k, n in products(shapes, TrainConfig.batch_size))
+        y = step_s(settings, images, turn_s)
+        found["width"].append({"x": times, "y": y, "work": work})
     for seeds in sizes.seeds:
-        found["seeds"].append({"x": seeds, "y": members_step_s(seeds, images) / seeds})
+        y = members_step_s(seeds, images, turn_s) / seeds
+        found["seeds"].append({"x": seeds, "y": y})
     for count in sizes.images:
         many = np.resize(images, (count, images.shape[1]))
-        found["images"].append({"x": count, "y": step_s(Config(), many) / 64})
+        y = step_s(Config(), many, turn_s) / TrainConfig.batch_size
+        found["images"].append({"x": count, "y": y})
     for rows in found.values():
         for row in rows:
             share = row.get("work", 1) / rows[0].get("work", 1)
@@ -412,12 +417,12 @@ def measure_scaling(sizes: Sizes, images: np.ndarray) -> dict[str, list[Row]]:
     return found
 
 
-def step_s(settings: Config, images: np.ndarray) -> float:
+def step_s(settings: Config, images: np.ndarray, turn_s: float) -> float:
     """Seconds of a step."""
-    return steady_s(our_runner(settings, images))
+    return steady_s(our_runner(settings, images), turn_s)
 
 
-def members_step_s(num_members: int, images: np.ndarray) -> float:
+def members_step_s(num_members: int, images: np.ndarray, turn_s: float) -> float:
     """Seconds of a step of so many seeds in one program."""
     import jax.numpy as jnp
 
@@ -431,15 +436,15 @@ def members_step_s(num_members: int, images: np.ndarray) -> float:
     order = group.order(members, 0)
     runner = make_runner(group.advance, state, group.put(images, None), order)
     runner(2)
-    return steady_s(runner)
+    return steady_s(runner, turn_s)
 
 
-def steady_s(runner: Callable[[int], None], least_s: float = 0.5) -> float:
-    """Seconds of a step: the median of three turns of half a second or more."""
+def steady_s(runner: Callable[[int], None], turn_s: float) -> float:
+    """Seconds of a step: the median of three turns of about so many seconds."""
     steps = 1
-    while (once := seconds(runner, steps)) < least_s / 2:
+    while (once := seconds(runner, steps)) < turn_s / 2:
         steps *= 2
-    steps = max(1, round(steps * least_s / once))
+    steps = max(1, round(steps * turn_s / once))
     return statistics.median(seconds(runner, steps) for _ in range(3)) / steps
 
 

@@ -334,6 +334,19 @@ def test_bars_are_the_shares_of_a_settings_runs_from_the_top():
     assert axes.yaxis_inverted()
 
 
+def test_each_panel_has_its_points_and_their_ideal():
+    rows = [{"x": 1, "y": 2.0, "ideal": 2.0}, {"x": 10, "y": 3.0, "ideal": 2.5}]
+    first, second, third = figures.scaling({"a": rows, "b": rows[:1], "c": rows}).axes
+    assert [axes.get_title(loc="left") for axes in (first, second, third)] == list(
+        "abc"
+    )
+    ideal, measured = first.lines
+    assert (list(measured.get_xdata()), list(measured.get_ydata())) == ([1, 10], [2, 3])
+    assert list(ideal.get_ydata()) == [2, 2.5]
+    assert ideal.get_linestyle() == "--"
+    assert first.get_xscale() == first.get_yscale() == "log"
+
+
 @pytest.mark.parametrize(
     "figure",
     [
