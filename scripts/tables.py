@@ -169,6 +169,39 @@ def dead_code() -> str:
     )
 
 
+WAYS = {
+    **{name: what for name, what in CONTENDERS.items() if name != "ours"},
+    "ours": "**ours**",
+    "ours, bfloat16": "ours, bfloat16",
+    "ours, a call each step": "ours, a call each step",
+}
+
+
+def benchmark() -> str:
+    """An epoch of each contender, and the headline in words."""
+    result = _result("benchmark")
+    head, machine = result["headline"], result["machine"]
+    rows = [
+        [
+            WAYS[row["what"]],
+            f"{row['epoch_s']:.2f} s",
+            f"{row['low']:.2f} to {row['high']:.2f} s",
+            f"{row['ratio']:.1f}",
+        ]
+        for row in sorted(result["table"], key=lambda row: row["ratio"])
+    ]
+    header = ["an epoch of the tutorial", "median", "rounds", "times ours"]
+    return _markdown(header, rows) + (
+        f"\nA step stands at {head['share_of_limit']:.0%} of the machine's limit. The "
+        f"whole job, from command to last figure, takes PyTorch's tutorial "
+        f"{head['whole_job_ratio']:.1f} times as long. First trained step "
+        f"{head['first_step_cold_s']:.1f} s after the command, "
+        f"{head['first_step_cached_s']:.1f} s with the programs in the cache. Peak "
+        f"memory {head['peak_memory_ratio']:.1f} times PyTorch's. {machine['cores']} "
+        f"cores of {machine['cpu']} ({machine['gflops']:.0f} GF/s), {result['date']}.\n"
+    )
+
+
 def _ratio(row: dict[str, Any]) -> str:
     if "median" not in row:
         return "–"
@@ -180,6 +213,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare_pytorch": compare_pytorch,
     "seeds": seeds,
     "dead_code": dead_code,
+    "benchmark": benchmark,
 }
 
 

@@ -86,7 +86,8 @@ def test_both_sides_compute_the_same(sizes, dtype, atol):
     theirs = pytorch_baseline.Autoencoder(*sizes).to(getattr(torch, dtype))
     state_dict = {n: t.numpy() for n, t in theirs.state_dict().items()}
     params = interop.to_linen(state_dict)
-    ours = jax.jit(Autoencoder(*sizes, dtype=np.dtype(dtype)).apply)
+    formats = {"dtype": np.dtype(dtype), "param_dtype": np.dtype(dtype)}
+    ours = jax.jit(Autoencoder(*sizes, **formats).apply)
     x = np.random.default_rng(0).random((20, sizes[0])).astype(dtype)
     with torch.inference_mode():
         target = theirs(torch.tensor(x)).numpy()
