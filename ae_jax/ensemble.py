@@ -121,6 +121,10 @@ def _in_blocks(
 
 
 RESULTS = "results.jsonl"
+RESULT = {"seed": int, "epochs": int, "test/mse": float, "outcome": str}
+"""What a row of it must hold, and of which types."""
+ROW = {"seed": int, "epoch": int}
+"""The same of a row of metrics.jsonl."""
 
 
 def groups(settings: EnsembleConfig) -> list[range]:
@@ -197,8 +201,10 @@ class Ensemble:
             records.check_experiment(self.folder, known, experiment)
             was = run.read_config(self.folder, known, type(settings))
             check_resumable(was, settings)
-        rows = records.read_rows(self.folder, RESULTS)
+        rows = records.read_rows(self.folder, RESULTS, RESULT)
         self.results: dict[int, Row] = {row["seed"]: row for row in rows}
+        rows = records.read_rows(self.folder, types=ROW)
+        self._logged = {row["seed"]: row["epoch"] for row in rows}
         self.finished = (self.folder / "summary.json").exists() and not self._pending()
         if self.finished:
             print(f"{self.folder} is finished: see summary.json and {RESULTS} there")
@@ -217,8 +223,9 @@ class Ensemble:
         ]
 
     def _is_done(self, seed: int) -> bool:
-        row = self.results.get(seed)
-        return row is not None and row["epochs"] >= self.config.train.num_epochs
+        row, num_epochs = self.results.get(seed), self.config.train.num_epochs
+        logged = self._logged.get(seed, 0) >= num_epochs  # else the file was lost
+        return row is not None and row["epochs"] >= num_epochs and logged
 
     def lap(self) -> float:
         """Seconds since the last call, or since the start."""
@@ -310,12 +317,12 @@ def draw(run_dir: Path) -> Path:
     Raises:
         UserError: no seed is finished yet.
     """
-    results = records.read_rows(run_dir, RESULTS)
+    results = records.read_rows(run_dir, RESULTS, RESULT)
     if not results:
         raise UserError(f"{run_dir}: no finished seed to draw yet")
     loss = records.read_description(run_dir)["config"]["train"]["loss"]
     rows: dict[int, list[Row]] = {row["seed"]: [] for row in results}
-    for row in records.read_rows(run_dir):
+    for row in records.read_rows(run_dir, types=ROW):
         rows.get(row["seed"], []).append(row)
     curves: dict[str, list[figures.Curve]] = {name: [] for name in evaluate.OUTCOMES}
     for result in results:

@@ -221,6 +221,22 @@ def test_resumed_seeds_equal_uninterrupted_ones(
     assert_same_end(config, finished)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", ensemble.RESULTS])
+def test_a_lost_file_of_rows_is_written_anew_and_a_damaged_one_told(
+    finished, tmp_path, name
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    path = folder / name
+    path.write_text(path.read_text().replace('"seed": 7', '"sead": 7', 1))
+    with pytest.raises(UserError, match=rf"{name}: line \d+ is damaged \(seed is miss"):
+        finish(small(folder))
+    path.unlink()
+    (folder / "summary.json").unlink()
+    finish(small(folder))
+    assert_same_end(small(folder), finished)
+
+
 def test_more_epochs_and_more_seeds_later_equal_more_at_once(finished, tmp_path):
     finish(small(tmp_path / "run", num_seeds=2, num_epochs=2))
     finish(small(tmp_path / "run", num_seeds=2, num_epochs=3))
