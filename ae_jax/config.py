@@ -316,6 +316,23 @@ FREE = ("run_dir", "compilation_cache", "data.dir", "data.source")
 """Fields that do not change a single bit of what a run finds."""
 
 
+def clashes(
+    run: RunConfig, asked: RunConfig, free: tuple[str, ...] = FREE
+) -> dict[str, tuple[Any, Any]]:
+    """The fields in which two configs differ and may not, each with both values.
+
+    Args:
+        run: a config.
+        asked: another one.
+        free: beginnings of the names of the fields that may differ.
+    """
+    return {
+        key: values
+        for key, values in diff(run, asked).items()
+        if not key.startswith(free)
+    }
+
+
 def refuse_clashes(run: RunConfig, asked: RunConfig, free: tuple[str, ...]) -> None:
     """Refuse to go on with a run under a config that would have made another run.
 
@@ -327,14 +344,13 @@ def refuse_clashes(run: RunConfig, asked: RunConfig, free: tuple[str, ...]) -> N
     Raises:
         UserError: one ``field: the run has A, you asked for B`` for each difference.
     """
-    clashes = [
+    told = [
         f"{key}: the run has {a}, you asked for {b}"
-        for key, (a, b) in diff(run, asked).items()
-        if not key.startswith(free)
+        for key, (a, b) in clashes(run, asked, free).items()
     ]
-    if clashes:
+    if told:
         raise UserError(
-            f"{asked.run_dir} holds another run: {'; '.join(clashes)}. "
+            f"{asked.run_dir} holds another run: {'; '.join(told)}. "
             "Choose another --run-dir, or delete the run"
         )
 

@@ -158,6 +158,15 @@ class Dataset:
     source: Source
     """Where this load had them from; ``prepared``: an earlier one left them."""
 
+    def describe(self) -> dict[str, Any]:
+        """What a run's config.json tells of its data."""
+        return {
+            "fingerprint": self.fingerprint,
+            "source": self.source,
+            "num_train": len(self.train.images),
+            "shape": list(self.shape),
+        }
+
 
 class _SourceError(Exception):
     """A source cannot give a file; the message says which one, and why."""

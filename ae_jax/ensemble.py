@@ -195,10 +195,8 @@ class Ensemble:
         self.config = settings
         self.folder = settings.run_dir
         self.clock = started
-        known = None
-        if (self.folder / "config.json").exists():
-            known = records.read_description(self.folder)
-            records.check_experiment(self.folder, known, experiment)
+        known = records.read_known(self.folder, experiment)
+        if known:
             was = run.read_config(self.folder, known, type(settings))
             check_resumable(was, settings)
         rows = records.read_rows(self.folder, RESULTS, RESULT)
@@ -280,14 +278,10 @@ class Ensemble:
             program.order(key_for(0, Purpose.SHUFFLE), 0),
         )
 
-        def seconds(run: Callable[[int], None], num_steps: int) -> float:
-            start = time.perf_counter()
-            run(num_steps)
-            return time.perf_counter() - start
-
         turns = range(num_rounds + 1)  # the first compiles
         return [
-            seconds(together, num_steps) / seconds(alone, size * num_steps)
+            records.stopwatch(together, num_steps)
+            / records.stopwatch(alone, size * num_steps)
             for _ in turns
         ][1:]
 
@@ -505,6 +499,7 @@ class GroupTraining:
             name, fallback = str(folder), self._config.checkpoint.fallback
             loaded, self._history = load_newest(self._checkpoints, init, fallback, name)
             check_resumable(read_saved(folder, self._history), self._config)
+            self._checkpoints.prune(self._pinned_steps())
             states: TrainState = self._group.put(loaded, MEMBERS)
             self._tell_progress(states, int(states.step))
         else:
@@ -612,11 +607,13 @@ class GroupTraining:
 
     def _save(self, states: TrainState) -> None:
         self._history["wall_s"] += self._ensemble.lap()
-        per_epoch = self._program.steps_per_epoch
-        pinned = {epoch * per_epoch for epoch in self._config.figures.epochs}
         rows = list(self._history["rows"])
         history = {**self._history, **self._ensemble.saved_with, "rows": rows}
-        self._checkpoints.save(states, history, pinned)
+        self._checkpoints.save(states, history, self._pinned_steps())
+
+    def _pinned_steps(self) -> set[int]:
+        per_epoch = self._program.steps_per_epoch
+        return {epoch * per_epoch for epoch in self._config.figures.epochs}
 
     def _score(self, params: Params) -> list[Row]:
         """The results of the members on the whole test split."""

@@ -239,19 +239,22 @@ def read_summary(run_dir: Path) -> Row | None:
     return summary
 
 
-def check_experiment(
-    run_dir: Path, description: dict[str, Any], experiment: str
-) -> None:
-    """Refuse to go on with another experiment's run.
+def read_known(run_dir: Path, experiment: str) -> dict[str, Any] | None:
+    """The config.json of a folder that an experiment may go on in; None: it is new.
 
     Raises:
-        UserError: ``description`` is that of another experiment.
+        UserError: it holds another experiment's run; see also
+            :func:`read_description`.
     """
+    if not (run_dir / "config.json").exists():
+        return None
+    description = read_description(run_dir)
     if description["experiment"] != experiment:
         raise UserError(
             f"{run_dir} holds a run of experiments.{description['experiment']}; choose "
             "another --run-dir"
         )
+    return description
 
 
 def note_surroundings(description: dict[str, Any], now: dict[str, Any]) -> str | None:
@@ -423,6 +426,13 @@ def score_table(summary: Row, code_width: int) -> str:
     lines += [f"{name:32}{mse:8.5f}   {rest}".rstrip() for name, mse, rest in scores]
     lines.append(f"dead code units: {summary['code/dead_units']} of {code_width}")
     return "\n".join(lines)
+
+
+def stopwatch(work: Callable[[int], object], num_steps: int) -> float:
+    """Seconds that something takes for so many steps."""
+    start = time.perf_counter()
+    work(num_steps)
+    return time.perf_counter() - start
 
 
 def measure_gflops(size: int = 2048, rounds: int = 5) -> float:

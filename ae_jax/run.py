@@ -284,8 +284,7 @@ def check_description(
     free = config.free_to_resume(saved, now)
     changed = {
         f"config.{key}": values
-        for key, values in config.diff(now, saved).items()
-        if not key.startswith(free)
+        for key, values in config.clashes(now, saved, free).items()
     }
     for key in ("fingerprint", "num_train", "shape"):
         values = (description["data"][key], history["data"][key])
@@ -325,12 +324,6 @@ def describe(
 ) -> dict[str, Any]:
     """A new run's config.json: its config, on these data and this machine."""
     devices = jax.devices()
-    about = {
-        "fingerprint": dataset.fingerprint,
-        "source": dataset.source,
-        "num_train": len(dataset.train.images),
-        "shape": list(dataset.shape),
-    }
     device = {
         "kind": devices[0].device_kind,
         "count": len(devices),
@@ -340,7 +333,7 @@ def describe(
     # Asked for once, it must not come back with --config.
     kept = dataclasses.replace(settings.checkpoint, fallback=False)
     settings = dataclasses.replace(settings, checkpoint=kept)
-    return records.describe(experiment, settings, device, about)
+    return records.describe(experiment, settings, device, dataset.describe())
 
 
 def write_description(

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,10 +146,8 @@ class Trainer:
         self.folder = settings.run_dir
         self._started = started
         self._board: records.Board | None = None
-        description: dict[str, Any] | None = None
-        if (self.folder / "config.json").exists():
-            description = records.read_description(self.folder)
-            records.check_experiment(self.folder, description, experiment)
+        description = records.read_known(self.folder, experiment)
+        if description:
             was = run.read_config(self.folder, description, type(settings))
             run.check_newest(self.folder, description, type(settings))
             config.check_resumable(was, settings)

@@ -518,7 +518,7 @@ class Race:
         torch.set_num_threads(self._threads)
         share = self._per_epoch / self._steps
         seconds = {
-            name: baseline.stopwatch(contender, self._steps) * share
+            name: records.stopwatch(contender, self._steps) * share
             for name, contender in self._contenders.items()
         }
         torch.set_num_threads(1)
@@ -653,28 +653,18 @@ def tell(checks: list[Row], path: Path) -> None:
 
 def read_known(config: Comparison) -> Row | None:
     """The folder's config.json, if it has one, and it is of the same comparison."""
-    if not (config.run_dir / "config.json").exists():
-        return None
-    known = records.read_description(config.run_dir)
-    records.check_experiment(config.run_dir, known, NAME)
-    was: Comparison = run.read_config(config.run_dir, known, Comparison)
-    # A run may grow by epochs; half of these seeds may not.
-    configs.refuse_clashes(was, config, configs.FREE)
+    known = records.read_known(config.run_dir, NAME)
+    if known:
+        was: Comparison = run.read_config(config.run_dir, known, Comparison)
+        # A run may grow by epochs; half of these seeds may not.
+        configs.refuse_clashes(was, config, configs.FREE)
     return known
 
 
 def describe(pair: Pair, known: Row | None) -> Row:
     """Write config.json, or note in it that the surroundings have changed."""
     folder, dataset = pair.config.run_dir, pair.dataset
-    device = jax.devices()[0]
-    about = {
-        "fingerprint": dataset.fingerprint,
-        "source": dataset.source,
-        "num_train": len(dataset.train.images),
-        "shape": list(dataset.shape),
-    }
-    here = {"kind": device.device_kind, "count": len(jax.devices())}
-    now = records.describe(NAME, pair.config, here, about)
+    now = run.describe(NAME, pair.config, dataset)
     now["versions"]["torch"] = str(torch.__version__)
     if known:
         run.check_fingerprint(folder, dataset)
@@ -803,8 +793,7 @@ def speed_ratios(rounds: list[Row]) -> dict[str, dict[str, float]]:
 
 def is_reference(config: Comparison) -> bool:
     """Whether a config measures what the reference preset does, wherever it runs."""
-    changed = configs.diff(PRESETS["reference"], config)
-    return all(key.startswith(configs.FREE) for key in changed)
+    return not configs.clashes(PRESETS["reference"], config)
 
 
 def write_result(found: Row, config: Comparison) -> None:

@@ -20,7 +20,7 @@ from ae_jax.config import (
     FiguresConfig,
     SeedsConfig,
     TrainConfig,
-    diff,
+    clashes,
     refuse_clashes,
 )
 
@@ -86,10 +86,8 @@ def main(config: DeadCode) -> None:
 
     ensemble.use_all_cores()
     with records.lock(config.run_dir):
-        known = None
-        if (config.run_dir / "config.json").exists():
-            known = records.read_description(config.run_dir)
-            records.check_experiment(config.run_dir, known, NAME)
+        known = records.read_known(config.run_dir, NAME)
+        if known:
             was = run.read_config(config.run_dir, known, DeadCode)
             refuse_clashes(was, config, FREE)
         if (config.run_dir / "summary.json").exists():
@@ -99,7 +97,7 @@ def main(config: DeadCode) -> None:
         short = {name: train(cell) for name, cell in cells(config).items()}
         long = {name: train(cell) for name, cell in longer(config, short).items()}
         draw(config, short)
-        if is_reference(config):
+        if not clashes(PRESETS["reference"], config):
             write_result(config, short, long)
         summary = {"short": short, "long": long}
         records.write_json(config.run_dir / "summary.json", summary)
@@ -182,11 +180,6 @@ def draw(config: DeadCode, short: dict[str, Any]) -> None:
             scores[name][row["outcome"]].append(row["test/mse"])
     xlabel = f"test MSE after {config.long_epochs} epochs"
     figures.save(figures.outcomes(scores, xlabel), folder / "dead_code_cost.png")
-
-
-def is_reference(config: DeadCode) -> bool:
-    """Whether a config is the reference preset's, wherever it runs."""
-    return all(key.startswith(FREE) for key in diff(PRESETS["reference"], config))
 
 
 def write_result(config: DeadCode, short: dict[str, Any], long: dict[str, Any]) -> None:

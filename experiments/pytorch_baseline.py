@@ -300,7 +300,7 @@ def warm_up(contenders: dict[str, Contender]) -> tuple[int, str | None]:
     def seconds(num_threads: int) -> float:
         torch.set_num_threads(num_threads)
         contenders["fused"](5)
-        return stopwatch(contenders["fused"], 30)
+        return records.stopwatch(contenders["fused"], 30)
 
     threads = min({1, records.usable_cores()}, key=seconds)
     torch.set_num_threads(threads)  # code is compiled for that many
@@ -314,13 +314,6 @@ def warm_up(contenders: dict[str, Contender]) -> tuple[int, str | None]:
             failed = str(error).strip().splitlines()[0]
             del contenders[name]
     return threads, failed
-
-
-def stopwatch(contender: Contender, num_steps: int) -> float:
-    """Seconds for so many steps."""
-    start = time.perf_counter()
-    contender(num_steps)
-    return time.perf_counter() - start
 
 
 # --- The tutorial's course, in a run folder ------------------------------------------
@@ -350,10 +343,9 @@ def is_finished(config: Config) -> bool:
         UserError: the folder holds another run.
     """
     folder = config.run_dir
-    if not (folder / "config.json").exists():
+    description = records.read_known(folder, NAME)
+    if not description:
         return False
-    description = records.read_description(folder)
-    records.check_experiment(folder, description, NAME)
     place = str(folder / "config.json")
     was = configs.from_json(Config, description["config"], place)
     configs.refuse_clashes(was, config, configs.FREE)
@@ -531,13 +523,8 @@ class Log:
     def _describe(self) -> None:
         on_gpu = self._device.type == "cuda"
         kind = torch.cuda.get_device_name(self._device) if on_gpu else "cpu"
-        about = {
-            "fingerprint": self._dataset.fingerprint,
-            "source": self._dataset.source,
-            "num_train": len(self._dataset.train.images),
-            "shape": list(self._dataset.shape),
-        }
         device = {"kind": kind, "count": 1}
+        about = self._dataset.describe()
         description = records.describe(NAME, self._config, device, about)
         description["versions"]["torch"] = str(torch.__version__)
         records.write_json(self._folder / "config.json", description)

@@ -10,13 +10,12 @@ from typing import Any
 
 from ae_jax import cli, records
 from ae_jax.config import (
-    FREE,
     CheckpointConfig,
     DataConfig,
     EnsembleConfig,
     FiguresConfig,
     TrainConfig,
-    diff,
+    clashes,
 )
 
 PRESETS = {
@@ -46,7 +45,7 @@ def main(config: EnsembleConfig) -> None:
         ensemble.draw(config.run_dir)
         summary = seeds.summarise()
         print(ensemble.summary_table(summary))
-        if all(key.startswith(FREE) for key in diff(PRESETS["reference"], config)):
+        if not clashes(PRESETS["reference"], config):
             write_result(config, summary, statistics.median(seeds.time_ratios()))
 
 

@@ -73,7 +73,7 @@ def main(
 ) -> None:
     """Measure speed, memory and scaling beside PyTorch and the machine's own limit.
 
-    Draws a figure beside the file, of the same name. The full preset takes about 20
+    Draws a figure beside the file, of the same name. The full preset takes about seven
     minutes on two cores and keeps its result in experiments/results; close what else
     the machine is doing.
 
@@ -259,22 +259,15 @@ def measure_epochs(sizes: Sizes, dataset: Any, per_epoch: int) -> Row:
         contenders |= baseline.make_contenders(images, make_model, baseline.Train())
         threads, failed = baseline.warm_up(contenders)
         torch.set_num_threads(threads)
-    rounds = []
-    for _ in range(sizes.rounds):
-        rounds.append(
-            {
-                name: seconds(contender, sizes.steps) * per_epoch / sizes.steps
-                for name, contender in contenders.items()
-            }
-        )
+    share = per_epoch / sizes.steps
+    rounds = [
+        {
+            name: records.stopwatch(contender, sizes.steps) * share
+            for name, contender in contenders.items()
+        }
+        for _ in range(sizes.rounds)
+    ]
     return {"epoch_s": rounds, "torch_threads": threads, "torch_missing": failed}
-
-
-def seconds(contender: Callable[[int], object], num_steps: int) -> float:
-    """Seconds for so many steps."""
-    start = time.perf_counter()
-    contender(num_steps)
-    return time.perf_counter() - start
 
 
 def our_runner(settings: Config, images: np.ndarray) -> Callable[[int], None]:
@@ -442,10 +435,11 @@ def members_step_s(num_members: int, images: np.ndarray, turn_s: float) -> float
 def steady_s(runner: Callable[[int], None], turn_s: float) -> float:
     """Seconds of a step: the median of three turns of about so many seconds."""
     steps = 1
-    while (once := seconds(runner, steps)) < turn_s / 2:
+    while (once := records.stopwatch(runner, steps)) < turn_s / 2:
         steps *= 2
     steps = max(1, round(steps * turn_s / once))
-    return statistics.median(seconds(runner, steps) for _ in range(3)) / steps
+    turns = [records.stopwatch(runner, steps) for _ in range(3)]
+    return statistics.median(turns) / steps
 
 
 # --- What it comes to ----------------------------------------------------------------

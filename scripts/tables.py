@@ -28,6 +28,15 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def _where(result: dict[str, Any]) -> str:
+    """The machine and the day of a result."""
+    machine = result["machine"]
+    return (
+        f"{machine['cores']} cores of {machine['cpu']} ({machine['gflops']:.0f} GF/s), "
+        f"{result['date']}."
+    )
+
+
 def tutorial() -> str:
     """One row a seed, and a sentence that counts them."""
     result = _result("tutorial")
@@ -44,13 +53,12 @@ def tutorial() -> str:
         ]
         for row in result["table"]
     ]
-    head, machine = result["headline"], result["machine"]
+    head = result["headline"]
     counted = (
         f"\nOf {len(rows)} seeds {head['healthy']} are healthy (test MSE "
         f"{head['test_mse_healthy_mean']:.4f} ± {head['test_mse_healthy_sd']:.4f}), "
         f"{head['part_dead']} with a dead unit, {head['collapsed']} collapsed. "
-        f"{machine['cores']} cores of {machine['cpu']} ({machine['gflops']:.0f} GF/s), "
-        f"{result['date']}.\n"
+        f"{_where(result)}\n"
     )
     header = ["seed", "train MSE", "test MSE", "PSNR (dB)", "SSIM", "code", "time"]
     return _markdown(header, rows) + counted
@@ -111,7 +119,7 @@ def compare_pytorch() -> str:
 def seeds() -> str:
     """One row an outcome, and the time."""
     result = _result("seeds")
-    (row,), head, machine = result["table"], result["headline"], result["machine"]
+    (row,), head = result["table"], result["headline"]
     rows = [
         [name, str(row[key]), _share(row, key), _mse(row[f"test/mse/{key}"])]
         for name, key in OUTCOMES.items()
@@ -122,8 +130,7 @@ def seeds() -> str:
         f"{row['test/mse/median']:.4f} (95 %: {row['test/mse/median_low']:.4f} to "
         f"{row['test/mse/median_high']:.4f}); {row['wall_s'] / 60:.0f} minutes. A seed "
         f"takes {head['seed_epoch_s_ratio']:.2f} of a single run's time. "
-        f"{machine['cores']} cores of {machine['cpu']} ({machine['gflops']:.0f} GF/s), "
-        f"{result['date']}.\n"
+        f"{_where(result)}\n"
     )
 
 
@@ -180,7 +187,7 @@ WAYS = {
 def benchmark() -> str:
     """An epoch of each contender, and the headline in words."""
     result = _result("benchmark")
-    head, machine = result["headline"], result["machine"]
+    head = result["headline"]
     rows = [
         [
             WAYS[row["what"]],
@@ -197,8 +204,7 @@ def benchmark() -> str:
         f"{head['whole_job_ratio']:.1f} times as long. First trained step "
         f"{head['first_step_cold_s']:.1f} s after the command, "
         f"{head['first_step_cached_s']:.1f} s with the programs in the cache. Peak "
-        f"memory {head['peak_memory_ratio']:.1f} times PyTorch's. {machine['cores']} "
-        f"cores of {machine['cpu']} ({machine['gflops']:.0f} GF/s), {result['date']}.\n"
+        f"memory {head['peak_memory_ratio']:.1f} times PyTorch's. {_where(result)}\n"
     )
 
 

@@ -237,6 +237,19 @@ def test_a_lost_file_of_rows_is_written_anew_and_a_damaged_one_told(
     assert_same_end(small(folder), finished)
 
 
+def test_checkpoints_that_a_killed_process_had_yet_to_remove_do_not_stay(
+    finished, tmp_path
+):
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / ensemble.RESULTS).unlink()
+    config = small(folder)
+    finish(dataclasses.replace(config, checkpoint=CheckpointConfig(keep=1)))
+    for seeds in ensemble.groups(config):
+        with Checkpoints(ensemble.checkpoints_of(folder, seeds)) as checkpoints:
+            assert checkpoints.steps == [23, 69]
+
+
 def test_more_epochs_and_more_seeds_later_equal_more_at_once(finished, tmp_path):
     finish(small(tmp_path / "run", num_seeds=2, num_epochs=2))
     finish(small(tmp_path / "run", num_seeds=2, num_epochs=3))

@@ -14,20 +14,10 @@ import pytest
 from ae_jax import ensemble, run
 from ae_jax.config import Config, EnsembleConfig, ModelConfig
 from ae_jax.train import MEMBERS, Purpose, key_for, make_train_chunk
+from scripts.benchmark import made_up
 
 N, D, B = 200, 784, 64
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, D), np.uint8)
-
-
-def made_up(abstract):
-    """Arrays of these shapes; to draw the first state would take seconds to compile."""
-
-    def fill(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.split(jax.random.key(0), leaf.shape)
-        return jnp.full(leaf.shape, 0, leaf.dtype)
-
-    return jax.tree.map(fill, abstract)
 
 
 @functools.cache
@@ -47,7 +37,7 @@ def num_params(state):
 def test_any_split_of_an_epoch_and_any_epoch_run_one_program():
     program, _, _ = tutorial()
     chunk = make_train_chunk(program.train_step)
-    state = made_up(jax.eval_shape(program.init))
+    state = made_up(program.init)
     images = jax.device_put(IMAGES)
     for epoch in range(2):
         order = program.order(key_for(0, Purpose.SHUFFLE), epoch)
@@ -60,7 +50,7 @@ def test_any_split_of_an_epoch_and_any_epoch_run_one_program():
 
 def test_within_an_epoch_nothing_goes_to_or_from_the_host():
     program, chunk, _ = tutorial()
-    state = made_up(jax.eval_shape(program.init))
+    state = made_up(program.init)
     images, stop = jax.device_put((IMAGES, jnp.int32(4)))
     order = program.order(key_for(0, Purpose.SHUFFLE), 0)
     with jax.transfer_guard("disallow"):
@@ -74,7 +64,7 @@ def test_within_an_epoch_nothing_goes_to_or_from_the_host():
 
 def test_the_state_is_updated_in_place():
     program, chunk, compiled = tutorial()
-    state = made_up(jax.eval_shape(program.init))
+    state = made_up(program.init)
     leaves = jax.tree.leaves((state.params, state.opt_state, state.epoch_metrics))
     kept = sum(leaf.nbytes for leaf in leaves)
     memory = compiled.memory_analysis()
@@ -106,7 +96,7 @@ def test_members_share_one_program_and_are_updated_in_place():
     program = run.build(EnsembleConfig(), N, D)
     group = ensemble.make_group(program, 2)
     members = jnp.arange(2, dtype=jnp.uint32)
-    states = group.put(made_up(jax.eval_shape(group.init, members)), MEMBERS)
+    states = group.put(made_up(lambda: group.init(members)), MEMBERS)
     leaves = jax.tree.leaves((states.params, states.opt_state))
     images = group.put(IMAGES, None)
     for stop in (1, 4):
