@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
+from ae_jax import hosts
 from ae_jax.config import UserError
 
 T = TypeVar("T")
@@ -50,11 +51,16 @@ def _digest_history(history: History) -> str:
     return hashlib.sha256(json.dumps(history, sort_keys=True).encode()).hexdigest()
 
 
-def abstract_like(make: Any) -> Any:
-    """Shapes, dtypes and placement of what ``make()`` would return, unmade."""
-    here = SingleDeviceSharding(jax.devices()[0])
+def abstract_like(make: Any, sharding: Sharding | None = None) -> Any:
+    """Shapes, dtypes and placement of what ``make()`` would return, unmade.
+
+    Args:
+        make: of no arguments.
+        sharding: where it shall lie; None: on this process's first device.
+    """
+    place = sharding or SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         jax.eval_shape(make),
     )
 
@@ -121,14 +127,20 @@ class Checkpoints:
         self._pinned: set[int] = set()
         registry = ocp.handlers.local_registry()
         registry.add(ocp.handlers.JsonHandler, checkpointable_name="record")
-        context = ocp.Context()
-        context.checkpointables.registry = registry
-        self._checkpointer = ocp.training.Checkpointer(
-            folder.absolute(),
-            context=context,
-            preservation_policy=self,
-            cleanup_tmp_directories=keep is not None,
-        )
+        self._context = ocp.Context()
+        self._context.checkpointables.registry = registry
+        self._checkpointer: Any = None
+        if keep is None:  # a reader waits for no other process
+            only, me = self._context.multiprocessing, jax.process_index()
+            only.primary_host, only.active_processes = me, {me}
+            only.barrier_sync_key_prefix = f"reader-{me}"
+        else:
+            self._checkpointer = ocp.training.Checkpointer(
+                folder.absolute(),
+                context=self._context,
+                preservation_policy=self,
+                cleanup_tmp_directories=True,
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -139,6 +151,8 @@ class Checkpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if not self._checkpointer:
+            return
         with _disks_refusals(self.folder):
             try:
                 self._checkpointer.close()
@@ -160,7 +174,10 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """The steps at hand, ascending."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        if self._checkpointer:
+            return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        names = (path.name for path in self.folder.iterdir())
+        return sorted(int(name) for name in names if name.isdigit())
 
     def save(self, state: Any, history: History, pinned: set[int]) -> None:
         """Save a state under its step, in the background; a step is saved once.
@@ -253,11 +270,12 @@ class Checkpoints:
         self._remove(c.step for c, keep in zip(found, kept, strict=True) if not keep)
 
     def _remove(self, steps: Iterable[int]) -> None:
-        for step in steps:
+        for step in steps if hosts.is_first() else ():
             # Under this name a half of it, left by a kill, is cleared by the next run.
             doomed = self.folder / f"{step}.orbax-checkpoint-tmp"
             os.replace(self.folder / str(step), doomed)
             shutil.rmtree(doomed)
+        hosts.gather("")  # none looks before they are gone
         self._checkpointer.reload()
 
     def _load_record(self, step: int) -> dict[str, Any]:
@@ -270,9 +288,13 @@ class Checkpoints:
 
     def _load(self, step: int, name: str, abstract: Any) -> Any:
         """One part of a step, unchecked."""
+        from orbax.checkpoint import v1 as ocp
+
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
         try:
-            loaded = self._checkpointer.load_checkpointables(step, {name: abstract})
+            with self._context:
+                place = self.folder.absolute() / str(step)
+                loaded = ocp.load_checkpointables(place, {name: abstract})
         except Exception as error:  # Orbax has no common base for a damaged file
             cause = error.__cause__ or error
             number, why = _errno(cause), str(cause)

@@ -65,7 +65,12 @@ def exit_with(action: Callable[[], None]) -> NoReturn:
         status, message = 2, _explain(error)
     else:
         sys.exit(0)
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    jax = sys.modules.get("jax")
+    if jax and jax.distributed.is_initialized():
+        # An orderly end would wait for the other processes, which wait for this one.
+        sys.stdout.flush()
+        os._exit(status)
     sys.exit(status)
 
 

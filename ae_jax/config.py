@@ -64,6 +64,8 @@ class DataConfig:
     """Folder with the four IDX files (raw or .gz), to prepare from without network."""
     num_validation: int = 0
     """Images held out of training: the last ones of the training split."""
+    streaming: bool = False
+    """Read images from disk as they are needed, rather than holding all in memory."""
 
     def __post_init__(self) -> None:
         _check_not_negative("data", self, "num_validation")
@@ -157,6 +159,18 @@ class FiguresConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """On how many devices."""
+
+    data: int | None = None
+    """Devices that share each batch; by default one, or, distributed, all there are."""
+
+    def __post_init__(self) -> None:
+        if self.data is not None:
+            _check_positive("mesh", self, "data")
+
+
+@dataclass(frozen=True)
 class Config:
     """One run, whole. Experiments subclass it to add or narrow fields."""
 
@@ -164,6 +178,15 @@ class Config:
     """Run folder: made, resumed, or, if finished, left as it is."""
     compilation_cache: bool = True
     """Keep compiled programs in the user's cache folder, for a faster next start."""
+    distributed: bool = False
+    """This process is one of several that train one run together."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0; on SLURM, Open MPI, Kubernetes and TPU it is found."""
+    num_processes: int | None = None
+    """How many processes there are; found as the coordinator is."""
+    process_id: int | None = None
+    """Which of them this is, from 0; found as the coordinator is."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -175,6 +198,34 @@ class Config:
             raise ValueError(
                 "train.patience: needs a held-out part; set data.num_validation too"
             )
+        self._check_processes()
+        devices, size = self.mesh.data or 1, self.train.batch_size
+        if size % devices:
+            raise ValueError(
+                f"mesh.data: {devices} devices cannot share a batch of {size} evenly; "
+                "change train.batch_size or mesh.data"
+            )
+
+    def _check_processes(self) -> None:
+        """Processes are numbered from 0, and told of each other in one way.
+
+        Raises:
+            ValueError: names the option that does not fit.
+        """
+        for name in ("coordinator", "num_processes", "process_id"):
+            if getattr(self, name) is not None and not self.distributed:
+                raise ValueError(f"{name}: only with --distributed")
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            ok = bool(host) and port.isdigit() and 0 < int(port) < 2**16
+            _check(ok, "coordinator", "HOST:PORT", self.coordinator)
+        if self.num_processes is not None:
+            count = self.num_processes
+            _check(count > 0, "num_processes", "above 0", count)
+        if self.process_id is not None:
+            limit = self.num_processes or math.inf
+            wanted = "at least 0 and below num_processes"
+            _check(0 <= self.process_id < limit, "process_id", wanted, self.process_id)
 
 
 @dataclass(frozen=True)
@@ -205,6 +256,23 @@ class EnsembleConfig(Config):
             )
         if self.train.patience:
             raise ValueError("train.patience: stops single runs; leave it out here")
+        refuse_sharing(self)
+
+
+def refuse_sharing(config: Config) -> None:
+    """For experiments that place their work on the devices in a way of their own.
+
+    Raises:
+        ValueError: names the option of single runs that was given.
+    """
+    asked = {
+        "mesh.data": config.mesh.data,
+        "distributed": config.distributed,
+        "data.streaming": config.data.streaming,
+    }
+    for name, value in asked.items():
+        if value:
+            raise ValueError(f"{name}: for single runs; leave it out here")
 
 
 @runtime_checkable
@@ -312,8 +380,11 @@ def diff(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
     }
 
 
-FREE = ("run_dir", "compilation_cache", "data.dir", "data.source")
-"""Fields that do not change a single bit of what a run finds."""
+PROCESSES = ("distributed", "coordinator", "num_processes", "process_id", "mesh.")
+"""Fields that tell who computes; they change a run by its rounding alone."""
+
+FREE = ("run_dir", "compilation_cache", "data.dir", "data.source", *PROCESSES)
+"""Fields in which a run may differ when it goes on."""
 
 
 def clashes(

@@ -480,11 +480,17 @@ class GroupTraining:
             order = group.order(self._members, 0)
             # Compiled here, so that the first chunk's time is its steps' alone.
             advance = group.advance.lower(states, self._images, order, 0).compile()
+            per_epoch = self._program.steps_per_epoch
+
+            def go_on(states: TrainState, step: int, stop: int) -> TrainState:
+                order = group.order(self._members, step // per_epoch)
+                after: TrainState = advance(states, self._images, order, stop)
+                return after
+
             states = fit(
                 states,
-                lambda states, order, stop: advance(states, self._images, order, stop),
-                lambda epoch: group.order(self._members, epoch),
-                settings.train.num_epochs * self._program.steps_per_epoch,
+                go_on,
+                settings.train.num_epochs * per_epoch,
                 settings.checkpoint.every_steps,
                 self._after_chunk,
             )
@@ -497,7 +503,10 @@ class GroupTraining:
         self._last_step = 0
         if steps:
             name, fallback = str(folder), self._config.checkpoint.fallback
-            loaded, self._history = load_newest(self._checkpoints, init, fallback, name)
+            abstract = checkpoint.abstract_like(init)
+            loaded, self._history = load_newest(
+                self._checkpoints, abstract, fallback, name
+            )
             check_resumable(read_saved(folder, self._history), self._config)
             self._checkpoints.prune(self._pinned_steps())
             states: TrainState = self._group.put(loaded, MEMBERS)

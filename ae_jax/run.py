@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key, UInt8
 from matplotlib.figure import Figure
 
-from ae_jax import checkpoint, config, data, evaluate, figures, losses, records
+from ae_jax import checkpoint, config, data, evaluate, figures, hosts, losses, records
 from ae_jax.checkpoint import Checkpoints, DamagedError, History
 from ae_jax.config import Config, ModelConfig, TrainConfig, UserError
 from ae_jax.losses import Params
@@ -88,7 +89,12 @@ def _choose(known: Mapping[str, Any], name: str, field: str) -> Any:
 
 
 @functools.cache
-def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int]) -> Any:
+def _build(
+    model_config: ModelConfig,
+    train: TrainConfig,
+    size: tuple[int, int],
+    sharding: NamedSharding | None,
+) -> Any:
     num_train, num_pixels = size
     model = _choose(MODELS, model_config.name, "model.name")(
         num_pixels,
@@ -108,9 +114,9 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
     def init_params(key: jax.Array) -> Params:
         return model.init(key, jnp.zeros((1, num_pixels), model.param_dtype))["params"]
 
-    def init_at(seed: Any) -> TrainState:
+    def init_at(seed: Any, sharding: NamedSharding | None = None) -> TrainState:
         batches = (steps_per_epoch, train.batch_size, num_pixels)
-        return init_state(init_params, tx, train_step, seed, batches)
+        return init_state(init_params, tx, train_step, seed, batches, sharding)
 
     def jitted(method: str) -> Callable[[Params, Any], Array]:
         return jax.jit(
@@ -121,7 +127,7 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
         model=model,
         schedule=schedule,
         train_step=train_step,
-        init=functools.partial(init_at, train.seed),
+        init=functools.partial(init_at, train.seed, sharding),
         init_at=init_at,
         order=jax.jit(
             lambda key, epoch: epoch_order(key, epoch, num_train, train.batch_size)
@@ -133,7 +139,12 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
     )
 
 
-def build(settings: Config, num_train: int, num_pixels: int) -> Program:
+def build(
+    settings: Config,
+    num_train: int,
+    num_pixels: int,
+    sharding: NamedSharding | None = None,
+) -> Program:
     """The model, the optimiser and the train step of a config.
 
     Turns 64-bit floats and the cache of compiled programs on or off in the whole
@@ -143,6 +154,7 @@ def build(settings: Config, num_train: int, num_pixels: int) -> Program:
         settings: the run's config.
         num_train: N, images trained on.
         num_pixels: D.
+        sharding: where the first state shall lie; None: on the first device.
 
     Raises:
         UserError: no such model or loss.
@@ -153,7 +165,8 @@ def build(settings: Config, num_train: int, num_pixels: int) -> Program:
     used = cache if settings.compilation_cache else None
     jax.config.update("jax_compilation_cache_dir", used)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    program: Program = _build(settings.model, settings.train, (num_train, num_pixels))
+    size = (num_train, num_pixels)
+    program: Program = _build(settings.model, settings.train, size, sharding)
     return program
 
 
@@ -327,6 +340,8 @@ def describe(
     device = {
         "kind": devices[0].device_kind,
         "count": len(devices),
+        "processes": jax.process_count(),
+        "mesh": hosts.make_mesh(settings.mesh.data, settings.train.batch_size).size,
         "matmul_precision": jax.config.values["jax_default_matmul_precision"]
         or "default",
     }
@@ -359,14 +374,15 @@ def write_description(
     if known:
         check_fingerprint(folder, dataset)
         warning = records.note_surroundings(known, now)
-        if warning:
+        if warning and hosts.is_first():
             print(f"warning: {folder}: {warning}", file=sys.stderr)
         known["config"] = now["config"]
         known["data"] = {**now["data"], "source": known["data"].get("source")}
-    # If there is one, the run goes on, and it is no longer the run's summary.
-    (folder / "summary.json").unlink(missing_ok=True)
     description = known or now
-    records.write_json(folder / "config.json", description)
+    if hosts.is_first():
+        # If there is one, the run goes on, and it is no longer the run's summary.
+        (folder / "summary.json").unlink(missing_ok=True)
+        records.write_json(folder / "config.json", description)
     return description
 
 

@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8, UInt32
 
+from ae_jax import hosts
 from ae_jax.config import TrainConfig
 from ae_jax.losses import Objective, Params
 
@@ -178,29 +179,50 @@ def make_train_step(
     return train_step
 
 
-def make_train_chunk(train_step: TrainStep) -> jax.stages.Wrapped:
-    """Many steps in one program, with the whole split on the device.
+def rows_of_split(
+    images: UInt8[Array, "N D"], order: Int[Array, "T B"], i: Int[Array, ""]
+) -> tuple[UInt8[Array, "B D"], Bool[Array, " B"]]:
+    """Batch i of an epoch, out of the whole split, and which of its rows count."""
+    rows = order[i]
+    return images[rows], rows >= 0
+
+
+def rows_of_block(
+    images: UInt8[Array, "n B D"], counts: Bool[Array, "n B"], i: Int[Array, ""]
+) -> tuple[UInt8[Array, "B D"], Bool[Array, " B"]]:
+    """The same, where a block of n batches at a time is on the device."""
+    i %= len(images)
+    return images[i], counts[i]
+
+
+def make_train_chunk(
+    train_step: TrainStep, read: Callable[..., tuple[Array, Array]] = rows_of_split
+) -> jax.stages.Wrapped:
+    """Many steps in one program, with their images on the device.
+
+    Args:
+        train_step: the step.
+        read: where a step finds its batch, :func:`rows_of_split` or
+            :func:`rows_of_block`.
 
     Returns:
-        ``chunk(state, images [N, D], order [T, B], stop) -> state``, jitted, its state
-        donated: steps ``state.step`` up to ``stop`` of the epoch whose order is given
-        (see :func:`epoch_order`). Bounds are traced, so any split of an epoch into
-        chunks runs the same program and gives the same bits.
+        ``chunk(state, images, order, stop) -> state``, jitted, its state donated: steps
+        ``state.step`` up to ``stop`` of the epoch whose order [T, B] is given (see
+        :func:`epoch_order`), with images [N, D]; or of a block of it. Bounds are
+        traced, so any split of an epoch into chunks runs the same program and gives the
+        same bits.
     """
 
     def chunk(
-        state: TrainState,
-        images: UInt8[Array, "N D"],
-        order: Int[Array, "T B"],
-        stop: Int[Array, ""],
+        state: TrainState, images: UInt8[Array, "..."], order: Array, stop: Array
     ) -> TrainState:
-        dtype = state.epoch_metrics["loss"].dtype
+        like = state.epoch_metrics["loss"]
 
         def body(_: Array, state: TrainState) -> TrainState:
-            i = state.step % order.shape[0]
-            rows = order[i]
-            x = images[rows].astype(dtype) / 255
-            state, metrics = train_step(state, x, (rows >= 0).astype(dtype))
+            i = state.step % len(like)
+            x, counts = read(images, order, i)
+            scaled = x.astype(like.dtype) / 255
+            state, metrics = train_step(state, scaled, counts.astype(like.dtype))
             written = {
                 name: values.at[i].set(metrics[name])
                 for name, values in state.epoch_metrics.items()
@@ -323,6 +345,7 @@ def init_state(
     train_step: TrainStep,
     seed: int | UInt32[Array, ""],
     batches: tuple[int, int, int],
+    sharding: NamedSharding | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -332,6 +355,7 @@ def init_state(
         train_step: the step that the state is for; it tells the metrics' names.
         seed: of all draws.
         batches: (T, B, D): steps per epoch, batch size, pixels.
+        sharding: where it lies; None: on the first device.
     """
     num_steps, batch_size, num_pixels = batches
 
@@ -352,14 +376,13 @@ def init_state(
         return state._replace(epoch_metrics=zeros)
 
     # One program, and not a hundred small ones: 2 s against 4 s.
-    state: TrainState = jax.jit(init)()
+    state: TrainState = jax.jit(init, out_shardings=sharding)()
     return state
 
 
 def fit(
     state: TrainState,
-    advance: Callable[[TrainState, Int[Array, "T B"], int], TrainState],
-    order_at: Callable[[int], Int[Array, "T B"]],
+    advance: Callable[[TrainState, int, int], TrainState],
     until_step: int,
     save_every: int,
     on_chunk: Callable[[TrainState, int, float], bool],
@@ -371,8 +394,8 @@ def fit(
 
     Args:
         state: where to start; donated.
-        advance: ``(state, order [T, B], stop) -> state``, a train chunk over its split.
-        order_at: the order of an epoch, counted from 0.
+        advance: ``(state, step, stop) -> state``, a train chunk that finds its images;
+            the steps are of one epoch.
         until_step: where to end.
         save_every: steps between forced ends of a chunk; 0: none.
         on_chunk: ``(state, step, seconds) -> go on?`` after each chunk. It may read the
@@ -382,17 +405,15 @@ def fit(
         The state at ``until_step``, or where ``on_chunk`` answered no.
     """
     steps_per_epoch = state.epoch_metrics["loss"].shape[-1]
-    step, planned, order = int(state.step), 1, None
+    step, planned = int(state.step), 1
     while step < until_step:
-        epoch, in_epoch = divmod(step, steps_per_epoch)
-        if order is None or in_epoch == 0:
-            order = order_at(epoch)
         save_at = (step // save_every + 1) * save_every if save_every else until_step
-        epoch_end = (epoch + 1) * steps_per_epoch
+        epoch_end = (step // steps_per_epoch + 1) * steps_per_epoch
         stop = min(until_step, epoch_end, save_at, step + planned)
         start = time.perf_counter()
-        state = jax.block_until_ready(advance(state, order, stop))
-        seconds = time.perf_counter() - start
+        state = jax.block_until_ready(advance(state, step, stop))
+        # By one clock, so that all processes plan the same chunks.
+        seconds = hosts.from_first(time.perf_counter() - start)
         planned = max(1, int(CHUNK_S * (stop - step) / seconds))
         step = stop
         if not on_chunk(state, step, seconds):

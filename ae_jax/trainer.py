@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 
@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from ae_jax import checkpoint, config, data, evaluate, losses, records, run
+from ae_jax import checkpoint, config, data, evaluate, hosts, losses, records, run
 from ae_jax.checkpoint import Checkpoints, History
 from ae_jax.cli import Diverged
-from ae_jax.config import Config
+from ae_jax.config import Config, UserError
+from ae_jax.feed import Feed, InMemory, Stream
+from ae_jax.losses import Params
 from ae_jax.records import Row
-from ae_jax.train import Purpose, TrainState, fit, key_for, make_train_chunk
+from ae_jax.train import Purpose, TrainState, fit, key_for
 
 
 class Progress:
@@ -37,7 +39,7 @@ class Progress:
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+            disable=not (sys.stderr.isatty() and hosts.is_first()),
         )
 
     def update(self, num_images: int, loss: float) -> None:
@@ -93,17 +95,20 @@ def start(
         UserError: the folder is in use, is no run folder or holds another run; or the
             data set cannot be had.
     """
-    with records.lock(settings.run_dir):
-        trainer = Trainer(experiment, settings, started or time.monotonic())
-        try:
-            yield trainer
-        finally:
-            trainer.close()
+    started = started or time.monotonic()
+    hosts.join(settings)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(hosts.others_alive())
+        if hosts.is_first():
+            stack.enter_context(records.lock(settings.run_dir))
+        trainer = Trainer(experiment, settings, started)
+        stack.callback(trainer.close)
+        yield trainer
 
 
 def load_newest(
     checkpoints: Checkpoints,
-    init: Callable[[], TrainState],
+    abstract: TrainState,
     fallback: bool,
     name: str,
 ) -> tuple[TrainState, History]:
@@ -111,7 +116,7 @@ def load_newest(
 
     Args:
         checkpoints: of the run; there is one.
-        init: makes a state of that form.
+        abstract: see :func:`checkpoint.abstract_like`.
         fallback: as for :meth:`Checkpoints.load_newest`.
         name: of what is loaded.
 
@@ -119,9 +124,10 @@ def load_newest(
         UserError: see there.
     """
     newest = checkpoints.steps[-1]
-    abstract = checkpoint.abstract_like(init)
     state, history, damaged = checkpoints.load_newest(abstract, fallback)
     step = int(state.step)
+    if not hosts.is_first():
+        return state, history
     if damaged:
         reasons = ", ".join(f"{s} ({why})" for s, why in damaged.items())
         tqdm.write(
@@ -146,6 +152,7 @@ class Trainer:
         self.folder = settings.run_dir
         self._started = started
         self._board: records.Board | None = None
+        self._mesh = hosts.make_mesh(settings.mesh.data, settings.train.batch_size)
         description = records.read_known(self.folder, experiment)
         if description:
             was = run.read_config(self.folder, description, type(settings))
@@ -154,10 +161,13 @@ class Trainer:
         self.finished = self._is_finished()
         if self.finished:
             return
-        self._dataset = data.load(settings.data)
+        with hosts.first_goes_ahead():
+            self._dataset = data.load(settings.data)
         images = self._dataset.train.images
-        self._program = run.build(settings, *images.shape)
-        self._shuffle = key_for(settings.train.seed, Purpose.SHUFFLE)
+        self._check_enough(len(images))
+        where = hosts.replicated(self._mesh)
+        self._program = run.build(settings, len(images), images.shape[1], where)
+        self._feed = self._make_feed()
         description = run.write_description(
             experiment, settings, self._dataset, description
         )
@@ -168,8 +178,24 @@ class Trainer:
         self._compiled = pool.submit(self._compile)
         self._first_state = pool.submit(self._program.init)
         pool.shutdown(wait=False)
-        self._write_pictures()
+        if hosts.is_first():
+            self._write_pictures()
         self._history: History = {"rows": [], "epoch_s": 0.0, "wall_s": 0.0}
+
+    def _check_enough(self, num_images: int) -> None:
+        if num_images < jax.process_count():
+            raise UserError(
+                f"{self.config.data.name}: {num_images} training images are too few "
+                f"for {jax.process_count()} processes; start fewer"
+            )
+
+    def _make_feed(self) -> Feed:
+        train, images = self.config.train, self._dataset.train.images
+        key = key_for(train.seed, Purpose.SHUFFLE)
+        if self.config.data.streaming:
+            epochs = train.num_epochs
+            return Stream(images, key, train.batch_size, epochs, self._mesh)
+        return InMemory(images, self._program.order, key, self._mesh)
 
     # --- Before training ---
 
@@ -179,10 +205,11 @@ class Trainer:
             return False
         if summary["epochs"] < self.config.train.num_epochs and not summary["stopped"]:
             return False
-        print(
-            f"{self.folder} is finished after {summary['epochs']} epochs: test/mse "
-            f"{summary['test/mse']:.4f}. A larger --train.num-epochs goes on."
-        )
+        if hosts.is_first():
+            print(
+                f"{self.folder} is finished after {summary['epochs']} epochs: test/mse "
+                f"{summary['test/mse']:.4f}. A larger --train.num-epochs goes on."
+            )
         return True
 
     def _write_pictures(self) -> None:
@@ -190,12 +217,18 @@ class Trainer:
         seed, num_epochs = self.config.train.seed, self.config.train.num_epochs
         train, test = self._dataset.train.images, self._dataset.test.images
         batch_size = self.config.train.batch_size
-        samples = self._program.order(key_for(seed, Purpose.SAMPLES), 0)
-        last_batch = self._program.order(self._shuffle, num_epochs - 1)[-1]
+        rows_of = self._feed.rows_of
+        order, last = key_for(seed, Purpose.SHUFFLE), self._program.steps_per_epoch - 1
+        batches = range(-(-25 // batch_size))
+        samples = [
+            row
+            for batch in batches[: last + 1]
+            for row in rows_of(key_for(seed, Purpose.SAMPLES), 0, batch)
+        ]
         last_test_batch = test[(len(test) - 1) // batch_size * batch_size :]
         chosen = {
-            "samples": train[np.asarray(samples).ravel()[:25]],
-            "train": train[[row for row in last_batch.tolist() if row >= 0][:5]],
+            "samples": train[np.array(samples[:25])],
+            "train": train[rows_of(order, num_epochs - 1, last)[:5]],
             "test": last_test_batch[:10],
         }
         pictures = {
@@ -223,32 +256,37 @@ class Trainer:
             state = self._restore_or_init()
             if self._out_of_patience():
                 last_step = int(state.step)
-            images, compiled = self._compiled.result()
-            with self._show_progress(state), signals_noted() as self._signals:
+            self._compiled.result()
+            with (
+                self._show_progress(state),
+                signals_noted() as self._signals,
+                hosts.others_alive(),
+            ):
                 state = fit(
                     state,
-                    lambda state, order, stop: compiled(state, images, order, stop),
-                    lambda epoch: self._program.order(self._shuffle, epoch),
+                    self._feed.advance,
                     last_step,
                     settings.checkpoint.every_steps,
                     self._after_chunk,
                 )
-            step = int(state.step)
-        if self._signals:
-            print(
-                f"interrupted: step {step} is saved in {folder}; the same command "
-                "goes on from there",
-                file=sys.stderr,
-            )
-            sys.exit(128 + self._signals[0])
+            signum = self._agreed_signal()
+        if signum:
+            if hosts.is_first():
+                print(
+                    f"interrupted: step {int(state.step)} is saved in {folder}; the "
+                    "same command goes on from there",
+                    file=sys.stderr,
+                )
+            sys.exit(128 + signum)
 
-    def _compile(self) -> tuple[jax.Array, jax.stages.Compiled]:
-        """The training images on the device, and the program that trains on them."""
-        images = jax.device_put(self._dataset.train.images)
-        order = jax.eval_shape(self._program.order, self._shuffle, 0)
-        state = jax.eval_shape(self._program.init)
-        chunk = make_train_chunk(self._program.train_step)
-        return images, chunk.lower(state, images, order, 0).compile()
+    def _abstract(self) -> TrainState:
+        where = hosts.replicated(self._mesh)
+        state: TrainState = checkpoint.abstract_like(self._program.init, where)
+        return state
+
+    def _compile(self) -> None:
+        """The program that trains; the images may go to the devices meanwhile."""
+        self._feed.compile(self._program.train_step, self._abstract())
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint's state, or the first; rewrites the logs to match."""
@@ -257,14 +295,15 @@ class Trainer:
         if steps:
             fallback = self.config.checkpoint.fallback
             state, self._history = load_newest(
-                self._checkpoints, self._program.init, fallback, str(self.folder)
+                self._checkpoints, self._abstract(), fallback, str(self.folder)
             )
             self._checkpoints.prune(self._pinned_steps())
         else:
             state = self._first_state.result()
         del self._first_state  # lest a resumed run carry it along
         self._wall_before = self._history["wall_s"]
-        records.write_rows(self.folder, self._history["rows"])
+        if hosts.is_first():
+            records.write_rows(self.folder, self._history["rows"])
         return state
 
     @contextlib.contextmanager
@@ -293,8 +332,9 @@ class Trainer:
             for name, values in state.epoch_metrics.items()
         }
         self._check_finite(metrics, step - done)
+        signum = self._agreed_signal()
         end_of_epoch, every = done == per_epoch, self.config.checkpoint.every_steps
-        saving = end_of_epoch or self._signals or (every and step % every == 0)
+        saving = end_of_epoch or signum or (every and step % every == 0)
         if saving:
             self._check_state(state, step)
         self._history.setdefault("first_step_s", time.monotonic() - self._started)
@@ -306,7 +346,15 @@ class Trainer:
             self._end_epoch(state, step, metrics)
         if saving:
             self._save(state)
-        return not (self._signals or (end_of_epoch and self._out_of_patience()))
+        return not (signum or (end_of_epoch and self._out_of_patience()))
+
+    def _agreed_signal(self) -> int:
+        """The signal that came to any of the processes; 0: none has.
+
+        All ask together and go by the answer: one may come to this process alone, and
+        at any moment.
+        """
+        return hosts.largest(self._signals[0] if self._signals else 0)
 
     def _check_finite(self, metrics: dict[str, np.ndarray], epoch_start: int) -> None:
         bad = ~np.isfinite(np.stack(list(metrics.values()))).all(axis=0)
@@ -337,44 +385,55 @@ class Trainer:
     ) -> None:
         loss, images = self.config.train.loss, self._dataset.train.images
         rows: list[Row] = self._history["rows"]
-        codes = run.in_blocks(self._program.encode, state.params, images)
+        params = hosts.local(state.params)
+        dead = 0.0
+        if hosts.is_first():
+            codes = run.in_blocks(self._program.encode, params, images)
+            dead = float(evaluate.dead_units(codes).sum())
         means = {name: float(values.mean()) for name, values in metrics.items()}
         row = {
             "epoch": step // self._program.steps_per_epoch,
             "step": step,
             f"train/{loss}": means.pop("loss"),
             **{f"train/{name}": mean for name, mean in means.items()},
-            **self._validate(state, step),
+            **self._validate(params, step),
             "train/learning_rate": float(self._program.schedule(step - 1)),
-            "code/dead_units": int(evaluate.dead_units(codes).sum()),
+            "code/dead_units": int(hosts.from_first(dead)),
             "wall_s": self._history["epoch_s"],
             "images_per_s": len(images) / self._history["epoch_s"],
         }
         rows.append(row)
         self._history["epoch_s"] = 0.0
+        if hosts.is_first():
+            self._tell_epoch(rows)
+
+    def _tell_epoch(self, rows: list[Row]) -> None:
+        """Write and show the newest row."""
+        row = rows[-1]
         records.write_rows(self.folder, rows)
         if self._board:
             self._board.add_row(row)
         else:  # not before: where PyTorch is installed, it takes seconds to open
             self._board = records.Board(self.folder, rows)
         num_epochs, width = self.config.train.num_epochs, self.config.model.code_width
-        line = records.epoch_line(row, num_epochs, loss, width)
+        line = records.epoch_line(row, num_epochs, self.config.train.loss, width)
         self._progress.tell_epoch(row["epoch"], line)
         dead = [0] + [row["code/dead_units"] for row in rows]
         if dead[-1] != dead[-2]:  # told when it happens, and again in the end
             self._progress.say(self._diagnose() or "no code unit is dead any more")
 
-    def _validate(self, state: TrainState, step: int) -> Row:
+    def _validate(self, params: Params, step: int) -> Row:
         images = self._dataset.validation.images
         if not len(images):
             return {}
         name = self.config.train.loss
-        recon = run.in_blocks(self._program.reconstruct, state.params, images)
-        target = run.scale(images, recon.dtype)
-        per_example = np.asarray(
-            losses.LOSSES[name](*map(jnp.asarray, (recon, target)))
-        )
-        mean = float(per_example.mean(dtype=np.float64))
+        mean = 0.0
+        if hosts.is_first():
+            recon = run.in_blocks(self._program.reconstruct, params, images)
+            target = run.scale(images, recon.dtype)
+            per_example = losses.LOSSES[name](*map(jnp.asarray, (recon, target)))
+            mean = float(np.asarray(per_example).mean(dtype=np.float64))
+        mean = hosts.from_first(mean)
         if not np.isfinite(mean):
             raise self._diverged(step, f"val/{name} {mean:g}")
         return {f"val/{name}": mean}
@@ -410,19 +469,22 @@ class Trainer:
 
     def draw(self, name: str) -> None:
         """Draw one of :data:`run.FIGURES` into the run folder and its TensorBoard."""
+        if not hosts.is_first():
+            return
         path = run.draw(self.folder, name)
         if self._board:
             self._board.add_figure(path)
         elif self._history["rows"]:  # resumed when only the end was missing
             self._board = records.Board(self.folder, self._history["rows"])
 
-    def summarise(self) -> Row:
+    def summarise(self) -> None:
         """Score the newest checkpoint on the whole test split; write summary.json.
 
-        Returns:
-            The summary, also shown as a table beside two baselines: the mean image,
-            and PCA with as many components as the code has units.
+        It is also shown, as a table beside two baselines: the mean image, and PCA with
+        as many components as the code has units.
         """
+        if not hosts.is_first():
+            return
         opened = run.open_run(self.folder)
         train, test = self._dataset.train.images, self._dataset.test.images
         width, last = self.config.model.code_width, opened.rows[-1]
@@ -449,7 +511,6 @@ class Trainer:
         remark = self._diagnose()
         if remark:
             print(remark)
-        return summary
 
     def _diagnose(self) -> str | None:
         dead = [row["code/dead_units"] for row in self._history["rows"]]

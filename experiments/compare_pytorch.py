@@ -62,6 +62,7 @@ class Comparison(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        configs.refuse_sharing(self)
         for own in dataclasses.fields(Comparison):
             value = getattr(self, own.name)
             if own.type in (int, float) and not value > 0:

@@ -4,6 +4,8 @@ A table stands between ``<!-- table NAME -->`` and ``<!-- end -->`` and is made 
 function of that name in :data:`TABLES`.
 """
 
+import itertools
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -208,6 +210,103 @@ def benchmark() -> str:
     )
 
 
+NET = (784, 128, 64, 12, 3, 12, 64, 128, 784)
+FLOPS, BANDWIDTH, LINK, HOP_S = 50e12, 3e12, 50e9, 10e-6
+"""Of the device on paper: float32 products, memory, network in bytes a second; and the
+delay of one message."""
+
+
+def cost_on_paper(num_devices: int, batch: int) -> dict[str, float]:
+    """What a step of the tutorial's net costs each device that shares the batch.
+
+    Args:
+        num_devices: n.
+        batch: B, of all devices together.
+
+    Returns:
+        ``flops``: the products of forward and backward, but for the images' gradient.
+        ``bytes``: parameters and moments read and written, gradients read, and the
+        batch's activations written and read, forward and backward. ``reduced_bytes``:
+        the gradients, which all devices add up. And the seconds of each on the device
+        on paper, the sum by a ring for the bytes and a tree for the delays.
+    """
+    pairs = list(itertools.pairwise(NET))
+    weights = sum(a * b for a, b in pairs)
+    params = weights + sum(NET[1:])
+    share = batch / num_devices
+    flops = 2 * share * (3 * weights - NET[0] * NET[1])
+    moved = 7 * 4 * params + 4 * 4 * share * sum(NET)
+    reduced = 4 * params if num_devices > 1 else 0
+    ring = 2 * (num_devices - 1) / num_devices * reduced / LINK
+    return {
+        "flops": flops,
+        "bytes": moved,
+        "reduced_bytes": reduced,
+        "flops_s": flops / FLOPS,
+        "bytes_s": moved / BANDWIDTH,
+        "reduced_s": ring + 2 * math.log2(num_devices) * HOP_S,
+    }
+
+
+def on_paper() -> str:
+    """A step's cost by devices, for a batch that grows with them and one that does not.
+
+    Products and memory overlap; the sum of the gradients comes after them.
+    """
+    rows = []
+    for count in (1, 2, 4, 8, 16, 64, 256, 1024):
+        cells = [f"{count:,}"]
+        for batch in (64 * count, 65_536):
+            cost = cost_on_paper(count, batch)
+            whole = max(cost["flops_s"], cost["bytes_s"]) + cost["reduced_s"]
+            times = [cost[key] for key in ("flops_s", "bytes_s", "reduced_s")]
+            cells += [f"{s * 1e6:,.1f}" for s in times]
+            cells.append(f"{batch / whole / 1e6:,.1f}")
+        rows.append(cells)
+    parts = ["products", "memory", "sum of gradients", "images a µs"]
+    header = ["devices", *(f"{part}, 64 each" for part in parts)]
+    header += [f"{part}, 65,536 in all" for part in parts]
+    return _markdown(header, rows)
+
+
+def scaling() -> str:
+    """Devices that share a batch, and streams, as measured."""
+    result = _result("scaling")
+    found = {
+        what: [row for row in result["table"] if row["what"] == what]
+        for what in ("devices", "stream")
+    }
+    one = found["devices"][0]["y"]
+    devices = [
+        [
+            f"{row['x']}{' (virtual)' if row['virtual'] else ''}",
+            f"{row['y'] * 1e6:.2f} µs",
+            f"{one / row['y']:.2f}",
+        ]
+        for row in found["devices"]
+    ]
+    streams = [
+        [
+            f"{row['images']:,}",
+            f"{row['images_per_s']:,.0f}",
+            f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            f"{row['command_s']:.0f} s",
+        ]
+        for row in found["stream"]
+    ]
+    head = result["headline"]
+    return (
+        _markdown(["devices", "an image, batch 8,192", "speed-up"], devices)
+        + "\n"
+        + _markdown(
+            ["streamed images", "images a second", "peak memory", "whole command"],
+            streams,
+        )
+        + f"\nA step whose images are streamed takes {head['streamed_ratio']:.2f} "
+        f"times one from memory, at a million images. {_where(result)}\n"
+    )
+
+
 def _ratio(row: dict[str, Any]) -> str:
     if "median" not in row:
         return "–"
@@ -220,6 +319,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "seeds": seeds,
     "dead_code": dead_code,
     "benchmark": benchmark,
+    "scaling": scaling,
+    "on_paper": on_paper,
 }
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import v1
 
 from ae_jax.checkpoint import Checkpoints, abstract_like, digest_leaves
 from ae_jax.config import UserError
@@ -192,7 +193,7 @@ def test_a_refusal_to_read_is_not_called_damage(tmp_path, monkeypatch):
         def refuse(*args):
             raise PermissionError(errno.EACCES, "Permission denied")
 
-        monkeypatch.setattr(checkpoints._checkpointer, "load_checkpointables", refuse)
+        monkeypatch.setattr(v1, "load_checkpointables", refuse)
         with pytest.raises(PermissionError):
             checkpoints.load_newest(ABSTRACT, fallback=True)
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}

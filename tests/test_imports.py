@@ -17,19 +17,21 @@ MAP = {
     "figures": set(),
     "evaluate": set(),
     "data": {"config"},
-    "train": {"config", "losses"},
-    "checkpoint": {"config"},
+    "hosts": {"config"},
+    "train": {"config", "hosts", "losses"},
+    "feed": {"hosts", "train"},
+    "checkpoint": {"config", "hosts"},
     "records": {"config"},
     "interop": {"config", "records"},
     "parity": {"interop"},
     "report": {"figures", "parity"},
     "run": {
-        "checkpoint", "config", "data", "evaluate", "figures", "losses", "models",
-        "records", "train",
+        "checkpoint", "config", "data", "evaluate", "figures", "hosts", "losses",
+        "models", "records", "train",
     },
     "trainer": {
-        "checkpoint", "cli", "config", "data", "evaluate", "losses", "records", "run",
-        "train",
+        "checkpoint", "cli", "config", "data", "evaluate", "feed", "hosts", "losses",
+        "records", "run", "train",
     },
     "ensemble": {
         "checkpoint", "cli", "config", "data", "evaluate", "figures", "losses",
@@ -38,7 +40,12 @@ MAP = {
 }  # fmt: skip
 
 # Packages that one module alone may import.
-OWNERS = {"matplotlib": "figures", "tensorflow_datasets": "data", "orbax": "checkpoint"}
+OWNERS = {
+    "matplotlib": "figures",
+    "tensorflow_datasets": "data",
+    "grain": "feed",
+    "orbax": "checkpoint",
+}
 NUMPY_ONLY = {
     "config",
     "cli",

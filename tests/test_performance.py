@@ -4,17 +4,23 @@ Seconds belong into scripts/benchmark.py; these numbers are the same on every ma
 """
 
 import functools
+import json
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from ae_jax import ensemble, run
 from ae_jax.config import Config, EnsembleConfig, ModelConfig
 from ae_jax.train import MEMBERS, Purpose, key_for, make_train_chunk
 from scripts.benchmark import made_up
+from scripts.tables import cost_on_paper
 
 N, D, B = 200, 784, 64
 IMAGES = np.random.default_rng(0).integers(0, 256, (N, D), np.uint8)
@@ -90,6 +96,51 @@ def test_a_step_costs_its_products_and_adam_and_little_else():
     assert products <= cost["flops"] <= 1.1 * products
     # Parameters, both moments and gradients are read and written a few times at most.
     assert cost["bytes accessed"] <= 4 * (20 * params + 16 * B * D)
+
+
+COMPILE = """
+import jax, json, re
+from ae_jax import checkpoint, feed, hosts, run
+from ae_jax.config import Config
+from ae_jax.train import Purpose, key_for
+import numpy as np
+
+found = []
+for count in (1, 2, 4):
+    mesh = hosts.make_mesh(count, 64)
+    where = hosts.replicated(mesh)
+    program = run.build(Config(), 200, 784, where)
+    key = key_for(0, Purpose.SHUFFLE)
+    made = feed.InMemory(np.zeros((200, 784), np.uint8), program.order, key, mesh)
+    state = checkpoint.abstract_like(program.init, where)
+    made.compile(program.train_step, state)
+    text = made._chunk.as_text()
+    sizes = [
+        np.prod([int(n) for n in dims.split(",") if n])
+        for line in re.findall("= (.*) all-reduce[(]", text)
+        for dims in re.findall("f32.([0-9,]*).", line)
+    ]
+    cost = made._chunk.cost_analysis()
+    found.append([cost["flops"], 4 * int(sum(sizes))])
+print(json.dumps(found))
+"""
+
+
+def test_devices_share_a_step_as_on_paper():
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for count, (flops, reduced) in zip((1, 2, 4), json.loads(done.stdout), strict=True):
+        paper = cost_on_paper(count, B)
+        adam = 20 * num_params(jax.eval_shape(tutorial()[0].init))
+        assert paper["flops"] <= flops <= 1.05 * paper["flops"] + adam
+        # The gradients, and a few sums of the batch.
+        assert paper["reduced_bytes"] <= reduced <= paper["reduced_bytes"] + 64
 
 
 def test_members_share_one_program_and_are_updated_in_place():
