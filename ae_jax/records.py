@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import PIL.Image
 
 from ae_jax import __version__
 from ae_jax.config import RunConfig, UserError, to_json
@@ -383,7 +382,9 @@ class Board:
 
     def add_figure(self, path: Path) -> None:
         """Log a figure's PNG."""
-        with PIL.Image.open(path) as image:
+        from PIL import Image
+
+        with Image.open(path) as image:
             pixels = np.asarray(image.convert("RGB"))
         self._writer.add_image(f"figures/{path.stem}", pixels, dataformats="HWC")
 

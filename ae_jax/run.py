@@ -22,9 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
-from matplotlib.figure import Figure
 
-from ae_jax import checkpoint, config, data, evaluate, figures, losses, records
+from ae_jax import checkpoint, config, data, evaluate, losses, records
 from ae_jax.checkpoint import Checkpoints, DamagedError, History
 from ae_jax.config import Config, ModelConfig, TrainConfig, UserError
 from ae_jax.losses import Params
@@ -452,18 +451,18 @@ def _read_pictures(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W"]]:
     return pictures
 
 
-def _draw_samples(folder: Path) -> Figure:
-    return figures.samples(_read_pictures(folder)["samples"])
+def _shown_samples(folder: Path) -> tuple[Any, ...]:
+    return (_read_pictures(folder)["samples"],)
 
 
-def _draw_training_loss(folder: Path) -> Figure:
+def _shown_training_loss(folder: Path) -> tuple[Any, ...]:
     run = open_run(folder)
     if not run.rows:
         raise UserError(f"{folder}: no finished epoch to draw yet")
     name = run.config.train.loss
     epochs = [row["epoch"] for row in run.rows]
     held_out = [row[f"val/{name}"] for row in run.rows if f"val/{name}" in row]
-    return figures.training_loss(
+    return (
         epochs,
         [row[f"train/{name}"] for row in run.rows],
         name.upper(),
@@ -471,7 +470,7 @@ def _draw_training_loss(folder: Path) -> Figure:
     )
 
 
-def _draw_reconstructions_by_epoch(folder: Path) -> Figure:
+def _shown_reconstructions_by_epoch(folder: Path) -> tuple[Any, ...]:
     run, originals = open_run(folder), _read_pictures(folder)["train"]
     per_epoch = run.program.steps_per_epoch
     finished = [step // per_epoch for step in run.steps if step % per_epoch == 0]
@@ -482,30 +481,34 @@ def _draw_reconstructions_by_epoch(folder: Path) -> Figure:
         epoch: open_run(folder, epoch * per_epoch).reconstruct(originals)
         for epoch in shown
     }
-    return figures.reconstructions_by_epoch(
+    return (
         {epoch: recon.reshape(originals.shape) for epoch, recon in rows.items()},
         originals,
     )
 
 
-def _draw_test_reconstructions(folder: Path) -> Figure:
+def _shown_test_reconstructions(folder: Path) -> tuple[Any, ...]:
     run, originals = open_run(folder), _read_pictures(folder)["test"]
     recon = run.reconstruct(originals).reshape(originals.shape)
-    return figures.test_reconstructions(recon, originals)
+    return recon, originals
 
 
-FIGURES: dict[str, Callable[[Path], Figure]] = {
-    "samples": _draw_samples,
-    "training_loss": _draw_training_loss,
-    "reconstructions_by_epoch": _draw_reconstructions_by_epoch,
-    "test_reconstructions": _draw_test_reconstructions,
+FIGURES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
+    "samples": _shown_samples,
+    "training_loss": _shown_training_loss,
+    "reconstructions_by_epoch": _shown_reconstructions_by_epoch,
+    "test_reconstructions": _shown_test_reconstructions,
 }
-"""The figures of a run, in the tutorial's order."""
+"""The figures of a run, in the tutorial's order: what each function of that name in
+:mod:`figures` is given."""
 
 
 def draw(run_dir: Path, name: str) -> Path:
     """Draw a figure of a run from its folder alone; returns the PNG's path."""
-    figure = FIGURES[name](run_dir)
+    # Not before: matplotlib loads while the run's programs compile.
+    from ae_jax import figures
+
+    figure = getattr(figures, name)(*FIGURES[name](run_dir))
     path = run_dir / "figures" / f"{name}.png"
     figures.save(figure, path)
     return path
