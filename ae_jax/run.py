@@ -23,11 +23,10 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from ae_jax import checkpoint, config, data, evaluate, losses, records
+from ae_jax import checkpoint, config, data, evaluate, losses, models, records
 from ae_jax.checkpoint import Checkpoints, DamagedError, History
 from ae_jax.config import Config, ModelConfig, TrainConfig, UserError
 from ae_jax.losses import Params
-from ae_jax.models import MODELS
 from ae_jax.records import Row
 from ae_jax.train import (
     TrainState,
@@ -89,7 +88,7 @@ def _choose(known: Mapping[str, Any], name: str, field: str) -> Any:
 @functools.cache
 def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int]) -> Any:
     num_train, num_pixels = size
-    model = _choose(MODELS, model_config.name, "model.name")(
+    model = _choose(models.MODELS, model_config.name, "model.name")(
         num_pixels,
         model_config.hidden,
         model_config.code_width,
@@ -104,9 +103,12 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
     tx = make_tx(train, schedule)
     train_step = make_train_step(losses.make_reconstruction(model, loss), tx)
 
+    @models.draw_together
     def init_params(key: jax.Array) -> Params:
         return model.init(key, jnp.zeros((1, num_pixels), model.param_dtype))["params"]
 
+    # The seed is an argument: what is compiled, and kept, for one serves all.
+    @jax.jit
     def init_at(seed: Any) -> TrainState:
         batches = (steps_per_epoch, train.batch_size, num_pixels)
         return init_state(init_params, tx, train_step, seed, batches)
@@ -120,7 +122,7 @@ def _build(model_config: ModelConfig, train: TrainConfig, size: tuple[int, int])
         model=model,
         schedule=schedule,
         train_step=train_step,
-        init=functools.partial(init_at, train.seed),
+        init=functools.partial(init_at, np.uint32(train.seed)),
         init_at=init_at,
         order=jax.jit(
             lambda key, epoch: epoch_order(key, epoch, num_train, train.batch_size)

@@ -157,17 +157,19 @@ class Trainer:
         self._dataset = data.load(settings.data)
         images = self._dataset.train.images
         self._program = run.build(settings, *images.shape)
-        self._shuffle = key_for(settings.train.seed, Purpose.SHUFFLE)
         description = run.write_description(
             experiment, settings, self._dataset, description
         )
         self._saved_with = {key: description[key] for key in ("config", "data")}
-        # Compiling takes seconds, each on one core: it begins while the main thread
-        # still chooses and draws images.
+        # Compiling takes seconds, each on one core: it goes on while the main thread
+        # chooses and draws images. What is traced before is in nobody's way.
+        self._images = jax.device_put(images)
+        lowered = self._lower()
         pool = ThreadPoolExecutor()
-        self._compiled = pool.submit(self._compile)
+        self._compiled = pool.submit(lowered.compile)
         self._first_state = pool.submit(self._program.init)
         pool.shutdown(wait=False)
+        self._shuffle = key_for(settings.train.seed, Purpose.SHUFFLE)
         self._write_pictures()
         self._history: History = {"rows": [], "epoch_s": 0.0, "wall_s": 0.0}
 
@@ -191,7 +193,7 @@ class Trainer:
         train, test = self._dataset.train.images, self._dataset.test.images
         batch_size = self.config.train.batch_size
         samples = self._program.order(key_for(seed, Purpose.SAMPLES), 0)
-        last_batch = self._program.order(self._shuffle, num_epochs - 1)[-1]
+        last_batch = np.asarray(self._program.order(self._shuffle, num_epochs - 1))[-1]
         last_test_batch = test[(len(test) - 1) // batch_size * batch_size :]
         chosen = {
             "samples": train[np.asarray(samples).ravel()[:25]],
@@ -223,7 +225,7 @@ class Trainer:
             state = self._restore_or_init()
             if self._out_of_patience():
                 last_step = int(state.step)
-            images, compiled = self._compiled.result()
+            images, compiled = self._images, self._compiled.result()
             with self._show_progress(state), signals_noted() as self._signals:
                 state = fit(
                     state,
@@ -242,13 +244,12 @@ class Trainer:
             )
             sys.exit(128 + self._signals[0])
 
-    def _compile(self) -> tuple[jax.Array, jax.stages.Compiled]:
-        """The training images on the device, and the program that trains on them."""
-        images = jax.device_put(self._dataset.train.images)
-        order = jax.eval_shape(self._program.order, self._shuffle, 0)
+    def _lower(self) -> jax.stages.Lowered:
+        """The train chunk, traced and ready to be compiled."""
         state = jax.eval_shape(self._program.init)
+        order = jax.eval_shape(self._program.order, state.key, 0)
         chunk = make_train_chunk(self._program.train_step)
-        return images, chunk.lower(state, images, order, 0).compile()
+        return chunk.lower(state, self._images, order, 0)
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint's state, or the first; rewrites the logs to match."""

@@ -48,6 +48,21 @@ def test_any_split_of_an_epoch_and_any_epoch_run_one_program():
     assert program.order._cache_size() == 1
 
 
+def test_one_program_draws_the_first_state_of_every_seed():
+    program, _, _ = tutorial()
+    before = program.init_at._cache_size()
+    first, second = (program.init_at(np.uint32(seed)).params for seed in (0, 2**32 - 1))
+    assert program.init_at._cache_size() <= before + 1
+    differ = jax.tree.map(lambda a, b: (a != b).any(), first, second)
+    assert all(jax.tree.leaves(differ))
+
+
+def test_sixteen_draws_are_compiled_as_two():
+    program, _, _ = tutorial()
+    drawn = str(jax.make_jaxpr(program.init_at)(np.uint32(0)))
+    assert drawn.count("random_bits[") == 2
+
+
 def test_within_an_epoch_nothing_goes_to_or_from_the_host():
     program, chunk, _ = tutorial()
     state = made_up(program.init)
