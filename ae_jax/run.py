@@ -165,8 +165,9 @@ def in_blocks(
     flat = inputs.reshape(len(inputs), math.prod(inputs.shape[1:]))
     dtype = jax.tree.leaves(params)[0].dtype
     blocks = [flat[i : i + BLOCK] for i in range(0, max(len(flat), 1), BLOCK)]
-    outputs = [forward(params, scale(block, dtype)) for block in blocks]
-    return np.concatenate([np.asarray(output) for output in outputs])
+    # One after the other: all at once, they would wait with their inputs in memory.
+    outputs = [np.asarray(forward(params, scale(block, dtype))) for block in blocks]
+    return np.concatenate(outputs)
 
 
 def scale(
@@ -174,7 +175,9 @@ def scale(
 ) -> Float[np.ndarray, "N D"]:
     """Bytes as floats in [0, 1]; floats as they are."""
     floats: np.ndarray = images.astype(dtype)
-    return floats / np.asarray(255, dtype) if images.dtype == np.uint8 else floats
+    if images.dtype == np.uint8:
+        floats /= np.asarray(255, dtype)
+    return floats
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ finite, surroundings that changed since the run began.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -164,6 +165,9 @@ class Trainer:
         # Compiling takes seconds, each on one core: it goes on while the main thread
         # chooses and draws images. What is traced before is in nobody's way.
         self._images = jax.device_put(images)
+        # On a CPU this is the device's own memory, and the split is held once.
+        train = self._dataset.train._replace(images=np.asarray(self._images))
+        self._dataset = dataclasses.replace(self._dataset, train=train)
         lowered = self._lower()
         pool = ThreadPoolExecutor()
         self._compiled = pool.submit(lowered.compile)
@@ -356,7 +360,7 @@ class Trainer:
         records.write_rows(self.folder, rows)
         if self._board:
             self._board.add_row(row)
-        else:  # not before: where PyTorch is installed, it takes seconds to open
+        else:  # not before: it takes time to open, and the first step is waited for
             self._board = records.Board(self.folder, rows)
         num_epochs, width = self.config.train.num_epochs, self.config.model.code_width
         line = records.epoch_line(row, num_epochs, loss, width)
