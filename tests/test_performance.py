@@ -4,14 +4,20 @@ Seconds belong into scripts/benchmark.py; these numbers are the same on every ma
 """
 
 import functools
+import itertools
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from ae_jax import ensemble, run
+from ae_jax.checkpoint import digest_leaves
 from ae_jax.config import Config, EnsembleConfig, ModelConfig
 from ae_jax.train import MEMBERS, Purpose, key_for, make_train_chunk
 from scripts.benchmark import made_up
@@ -119,3 +125,59 @@ def test_members_share_one_program_and_are_updated_in_place():
     assert group.advance._cache_size() == 1
     assert all(leaf.is_deleted() for leaf in leaves)
     assert math.isfinite(float(states.epoch_metrics["loss"].sum()))
+
+
+# --- The cache of compiled programs ---------------------------------------------------
+
+DAMAGES = (
+    lambda blob: blob[: len(blob) // 2],
+    lambda blob: b"",
+    lambda blob: b"not what was compiled " * 100,
+    lambda blob: blob[:1000] + bytes([blob[1000] ^ 16]) + blob[1001:],
+)
+
+
+def begin(folder, cache):
+    """The tutorial on digits as a process of its own, its programs kept in a cache."""
+    command = [sys.executable, "-m", "experiments.tutorial", "--preset", "quick"]
+    options = ["--train.num-epochs", "1", "--figures.epochs", "1", "--model.hidden"]
+    return subprocess.Popen(
+        [*command, *options, "16", "--run-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """What it said, if it ended well."""
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_a_damaged_cache_or_none_stops_no_run_and_changes_no_bit(tmp_path):
+    cache, in_the_way = tmp_path / "cache", tmp_path / "file"
+    in_the_way.touch()
+    names = ("sound", "uncached", "damaged")
+    sound, uncached, damaged = folders = [tmp_path / name for name in names]
+    begun = begin(sound, cache), begin(uncached, in_the_way)
+    said = [finish(process) for process in begun]
+    complaint = "persistent compilation cache"
+    assert [complaint in text for text in said] == [False, True]
+
+    programs = sorted(cache.iterdir())
+    for path, damage in zip(programs, itertools.cycle(DAMAGES)):
+        path.write_bytes(damage(path.read_bytes()))
+    assert len(programs) > len(DAMAGES)
+    said = finish(begin(damaged, cache))
+    assert said.count(complaint) > len(DAMAGES)
+    assert sorted(cache.iterdir()) == programs
+
+    opened = [run.open_run(folder) for folder in folders]
+    losses = [[row["train/mse"] for row in one.rows] for one in opened]
+    digests = [digest_leaves(one.state) for one in opened]
+    assert losses[1:] == losses[:1] * 2
+    assert digests[1:] == digests[:1] * 2
