@@ -229,7 +229,9 @@ def _hold_out(train: Split, count: int) -> tuple[Split, Split]:
             f"images, got {count}"
         )
     kept = size - count
-    return Split(*(a[:kept] for a in train)), Split(*(a[kept:] for a in train))
+    # A copy: as a view it would keep the whole split in memory.
+    held_out = Split(*(a[kept:].copy() for a in train))
+    return Split(*(a[:kept] for a in train)), held_out
 
 
 def _prepare(config: DataConfig, idx: Idx) -> Source:

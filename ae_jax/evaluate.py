@@ -3,6 +3,8 @@
 From arrays to numbers, in NumPy and SciPy alone, so that any framework's output is
 scored by the same code. Images are rows of D = H·W pixels; the arithmetic is float64
 whatever the input. N and M number the images of a split, K the units of a code.
+
+SciPy is imported where it is used: most of a second, and a run starts without it.
 """
 
 import math
@@ -11,9 +13,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
-from scipy import stats
-from scipy.ndimage import gaussian_filter
-from scipy.sparse.linalg import eigsh
 
 BLOCK = 256
 """Images worked on at once, so that temporaries stay in the processor's cache; no more
@@ -116,6 +115,8 @@ def ssim(
 def _ssim_map(
     x: Float[np.ndarray, "n H W"], y: Float[np.ndarray, "n H W"]
 ) -> Float[np.ndarray, "n h w"]:
+    from scipy.ndimage import gaussian_filter
+
     height, width = x.shape[1:]
     half = (min(11, height, width) - 1) // 2
     moments = gaussian_filter(
@@ -211,6 +212,8 @@ def median_interval(values: Float[np.ndarray, "N"]) -> tuple[float, float]:
         Efron and Tibshirani, "An introduction to the bootstrap", 1993, section 13.3
         (percentiles), as ``scipy.stats.bootstrap`` has it.
     """
+    from scipy import stats
+
     if len(values) < 2:
         return float(values[0]), float(values[0])
     found = stats.bootstrap((values,), np.median, method="percentile", rng=0)
@@ -230,6 +233,8 @@ def share_interval(count: int, total: int) -> tuple[float, float]:
         >>> round(low, 3), round(high, 3)
         (0.199, 0.418)
     """
+    from scipy import stats
+
     interval = stats.binomtest(count, total).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -343,6 +348,8 @@ def pca_mse(
         >>> round(pca_mse(line, line, num_components=1), 12)
         0.0
     """
+    from scipy.sparse.linalg import eigsh
+
     if num_components >= train.shape[1]:
         return 0.0
     mean = train.mean(axis=0, dtype=np.float64)

@@ -34,12 +34,19 @@ blocks wait their turn."""
 class Feed(Protocol):
     """What both ways of feeding can do."""
 
+    images: Any
+    """The training split [N, D], read by rows; a split in memory is held but once."""
+
     def rows_of(self, key: Key[Array, ""], epoch: int, batch: int) -> np.ndarray:
         """Row numbers of a batch's images, both counted from 0."""
         ...
 
-    def compile(self, train_step: TrainStep, state: TrainState) -> None:
-        """Compile the train chunk for states of this form."""
+    def lower(self, train_step: TrainStep, state: TrainState) -> None:
+        """Trace the train chunk for states of this form."""
+        ...
+
+    def compile(self) -> None:
+        """Compile what was traced; this may go on in another thread."""
         ...
 
     def advance(self, state: TrainState, step: int, stop: int) -> TrainState:
@@ -51,7 +58,7 @@ class InMemory:
     """The whole split on each device, which picks the rows of its part of the batch.
 
     Args:
-        images: the training split.
+        images: the training split, brought to the devices.
         order: ``(key, epoch) -> [T, B]``, see :func:`train.epoch_order`.
         key: of the order.
         mesh: the devices.
@@ -64,7 +71,10 @@ class InMemory:
         key: Key[Array, ""],
         mesh: Mesh,
     ) -> None:
-        self._split, self._order_of, self._key, self._mesh = images, order, key, mesh
+        self._order_of, self._key, self._mesh = order, key, mesh
+        self._images = hosts.place(images, hosts.replicated(mesh))
+        # On a CPU this is the device's own memory.
+        self.images = np.asarray(hosts.local(self._images))
         self._epoch = -1
 
     def rows_of(self, key: Key[Array, ""], epoch: int, batch: int) -> np.ndarray:
@@ -72,13 +82,16 @@ class InMemory:
         rows = np.asarray(self._order_of(key, epoch)[batch])
         return rows[rows >= 0]
 
-    def compile(self, train_step: TrainStep, state: TrainState) -> None:
-        """Compile the train chunk, and bring the images to the devices."""
-        self._images = hosts.place(self._split, hosts.replicated(self._mesh))
+    def lower(self, train_step: TrainStep, state: TrainState) -> None:
+        """Trace the train chunk for states of this form."""
         order = jax.eval_shape(self._order_of, self._key, 0)
         order = order.update(sharding=hosts.shared(self._mesh))
         chunk = make_train_chunk(train_step, rows_of_split)
-        self._chunk = chunk.lower(state, self._images, order, 0).compile()
+        self._lowered = chunk.lower(state, self._images, order, 0)
+
+    def compile(self) -> None:
+        """Compile what was traced; this may go on in another thread."""
+        self._chunk = self._lowered.compile()
 
     def advance(self, state: TrainState, step: int, stop: int) -> TrainState:
         """Train from ``state.step``, which is ``step``, to ``stop`` in that epoch."""
@@ -118,7 +131,7 @@ class Stream:
         num_epochs: int,
         mesh: Mesh,
     ) -> None:
-        self._source, self._key, self._mesh = images, key, mesh
+        self.images, self._key, self._mesh = images, key, mesh
         num_images, num_pixels = images.shape
         self._per_epoch = -(-num_images // batch_size)
         fitting = max(1, BLOCK_BYTES // (batch_size * num_pixels))
@@ -135,7 +148,7 @@ class Stream:
         import grain
 
         bits = jax.random.bits(jax.random.fold_in(key, epoch), dtype=jnp.uint32)
-        return grain.MapDataset.range(len(self._source)).shuffle(seed=int(bits))
+        return grain.MapDataset.range(len(self.images)).shuffle(seed=int(bits))
 
     def rows_of(self, key: Key[Array, ""], epoch: int, batch: int) -> np.ndarray:
         """Row numbers of a batch's images, both counted from 0."""
@@ -144,7 +157,7 @@ class Stream:
         return self._rows(self._shuffled(key, epoch), positions)
 
     def _rows(self, shuffled: "grain.MapDataset[int]", positions: range) -> np.ndarray:
-        inside = range(positions.start, min(positions.stop, len(self._source)))
+        inside = range(positions.start, min(positions.stop, len(self.images)))
         return np.array([shuffled[i] for i in inside], np.int64)
 
     def _read(
@@ -159,21 +172,25 @@ class Stream:
         images = np.zeros((length, len(wanted), num_pixels), np.uint8)
         counts = np.zeros((length, len(wanted)), bool)
         for j, start in enumerate(starts):
-            if start >= len(self._source):
+            if start >= len(self.images):
                 break
             positions = range(start + wanted.start, start + wanted.stop)
             rows = self._rows(shuffled, positions)
-            images[j, : len(rows)] = self._source[rows]
+            images[j, : len(rows)] = self.images[rows]
             counts[j, : len(rows)] = True
         return images, counts
 
-    def compile(self, train_step: TrainStep, state: TrainState) -> None:
-        """Compile the train chunk for a block."""
+    def lower(self, train_step: TrainStep, state: TrainState) -> None:
+        """Trace the train chunk for states of this form."""
         sharding = hosts.shared(self._mesh)
         images = jax.ShapeDtypeStruct(self._shape, jnp.uint8, sharding=sharding)
         counts = jax.ShapeDtypeStruct(self._shape[:2], jnp.bool, sharding=sharding)
         chunk = make_train_chunk(train_step, rows_of_block)
-        self._chunk = chunk.lower(state, images, counts, 0).compile()
+        self._lowered = chunk.lower(state, images, counts, 0)
+
+    def compile(self) -> None:
+        """Compile what was traced; this may go on in another thread."""
+        self._chunk = self._lowered.compile()
 
     def advance(self, state: TrainState, step: int, stop: int) -> TrainState:
         """Train from ``state.step``, which is ``step``, to ``stop`` in that epoch."""

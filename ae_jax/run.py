@@ -23,13 +23,11 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Key, UInt8
-from matplotlib.figure import Figure
 
-from ae_jax import checkpoint, config, data, evaluate, figures, hosts, losses, records
+from ae_jax import checkpoint, config, data, evaluate, hosts, losses, models, records
 from ae_jax.checkpoint import Checkpoints, DamagedError, History
 from ae_jax.config import Config, ModelConfig, TrainConfig, UserError
 from ae_jax.losses import Params
-from ae_jax.models import MODELS
 from ae_jax.records import Row
 from ae_jax.train import (
     TrainState,
@@ -96,7 +94,7 @@ def _build(
     sharding: NamedSharding | None,
 ) -> Any:
     num_train, num_pixels = size
-    model = _choose(MODELS, model_config.name, "model.name")(
+    model = _choose(models.MODELS, model_config.name, "model.name")(
         num_pixels,
         model_config.hidden,
         model_config.code_width,
@@ -111,12 +109,13 @@ def _build(
     tx = make_tx(train, schedule)
     train_step = make_train_step(losses.make_reconstruction(model, loss), tx)
 
+    @models.draw_together
     def init_params(key: jax.Array) -> Params:
         return model.init(key, jnp.zeros((1, num_pixels), model.param_dtype))["params"]
 
-    def init_at(seed: Any, sharding: NamedSharding | None = None) -> TrainState:
+    def init_at(seed: Any) -> TrainState:
         batches = (steps_per_epoch, train.batch_size, num_pixels)
-        return init_state(init_params, tx, train_step, seed, batches, sharding)
+        return init_state(init_params, tx, train_step, seed, batches)
 
     def jitted(method: str) -> Callable[[Params, Any], Array]:
         return jax.jit(
@@ -127,8 +126,11 @@ def _build(
         model=model,
         schedule=schedule,
         train_step=train_step,
-        init=functools.partial(init_at, train.seed, sharding),
-        init_at=init_at,
+        # The seed is an argument: what is compiled, and kept, for one serves all.
+        init=functools.partial(
+            jax.jit(init_at, out_shardings=sharding), np.uint32(train.seed)
+        ),
+        init_at=jax.jit(init_at),
         order=jax.jit(
             lambda key, epoch: epoch_order(key, epoch, num_train, train.batch_size)
         ),
@@ -177,8 +179,9 @@ def in_blocks(
     flat = inputs.reshape(len(inputs), math.prod(inputs.shape[1:]))
     dtype = jax.tree.leaves(params)[0].dtype
     blocks = [flat[i : i + BLOCK] for i in range(0, max(len(flat), 1), BLOCK)]
-    outputs = [forward(params, scale(block, dtype)) for block in blocks]
-    return np.concatenate([np.asarray(output) for output in outputs])
+    # One after the other: all at once, they would wait with their inputs in memory.
+    outputs = [np.asarray(forward(params, scale(block, dtype))) for block in blocks]
+    return np.concatenate(outputs)
 
 
 def scale(
@@ -186,7 +189,9 @@ def scale(
 ) -> Float[np.ndarray, "N D"]:
     """Bytes as floats in [0, 1]; floats as they are."""
     floats: np.ndarray = images.astype(dtype)
-    return floats / np.asarray(255, dtype) if images.dtype == np.uint8 else floats
+    if images.dtype == np.uint8:
+        floats /= np.asarray(255, dtype)
+    return floats
 
 
 @dataclass(frozen=True)
@@ -468,18 +473,18 @@ def _read_pictures(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W"]]:
     return pictures
 
 
-def _draw_samples(folder: Path) -> Figure:
-    return figures.samples(_read_pictures(folder)["samples"])
+def _shown_samples(folder: Path) -> tuple[Any, ...]:
+    return (_read_pictures(folder)["samples"],)
 
 
-def _draw_training_loss(folder: Path) -> Figure:
+def _shown_training_loss(folder: Path) -> tuple[Any, ...]:
     run = open_run(folder)
     if not run.rows:
         raise UserError(f"{folder}: no finished epoch to draw yet")
     name = run.config.train.loss
     epochs = [row["epoch"] for row in run.rows]
     held_out = [row[f"val/{name}"] for row in run.rows if f"val/{name}" in row]
-    return figures.training_loss(
+    return (
         epochs,
         [row[f"train/{name}"] for row in run.rows],
         name.upper(),
@@ -487,7 +492,7 @@ def _draw_training_loss(folder: Path) -> Figure:
     )
 
 
-def _draw_reconstructions_by_epoch(folder: Path) -> Figure:
+def _shown_reconstructions_by_epoch(folder: Path) -> tuple[Any, ...]:
     run, originals = open_run(folder), _read_pictures(folder)["train"]
     per_epoch = run.program.steps_per_epoch
     finished = [step // per_epoch for step in run.steps if step % per_epoch == 0]
@@ -498,30 +503,34 @@ def _draw_reconstructions_by_epoch(folder: Path) -> Figure:
         epoch: open_run(folder, epoch * per_epoch).reconstruct(originals)
         for epoch in shown
     }
-    return figures.reconstructions_by_epoch(
+    return (
         {epoch: recon.reshape(originals.shape) for epoch, recon in rows.items()},
         originals,
     )
 
 
-def _draw_test_reconstructions(folder: Path) -> Figure:
+def _shown_test_reconstructions(folder: Path) -> tuple[Any, ...]:
     run, originals = open_run(folder), _read_pictures(folder)["test"]
     recon = run.reconstruct(originals).reshape(originals.shape)
-    return figures.test_reconstructions(recon, originals)
+    return recon, originals
 
 
-FIGURES: dict[str, Callable[[Path], Figure]] = {
-    "samples": _draw_samples,
-    "training_loss": _draw_training_loss,
-    "reconstructions_by_epoch": _draw_reconstructions_by_epoch,
-    "test_reconstructions": _draw_test_reconstructions,
+FIGURES: dict[str, Callable[[Path], tuple[Any, ...]]] = {
+    "samples": _shown_samples,
+    "training_loss": _shown_training_loss,
+    "reconstructions_by_epoch": _shown_reconstructions_by_epoch,
+    "test_reconstructions": _shown_test_reconstructions,
 }
-"""The figures of a run, in the tutorial's order."""
+"""The figures of a run, in the tutorial's order: what each function of that name in
+:mod:`figures` is given."""
 
 
 def draw(run_dir: Path, name: str) -> Path:
     """Draw a figure of a run from its folder alone; returns the PNG's path."""
-    figure = FIGURES[name](run_dir)
+    # Not before: matplotlib loads while the run's programs compile.
+    from ae_jax import figures
+
+    figure = getattr(figures, name)(*FIGURES[name](run_dir))
     path = run_dir / "figures" / f"{name}.png"
     figures.save(figure, path)
     return path

@@ -345,7 +345,6 @@ def init_state(
     train_step: TrainStep,
     seed: int | UInt32[Array, ""],
     batches: tuple[int, int, int],
-    sharding: NamedSharding | None = None,
 ) -> TrainState:
     """The state before the first step.
 
@@ -355,7 +354,6 @@ def init_state(
         train_step: the step that the state is for; it tells the metrics' names.
         seed: of all draws.
         batches: (T, B, D): steps per epoch, batch size, pixels.
-        sharding: where it lies; None: on the first device.
     """
     num_steps, batch_size, num_pixels = batches
 
@@ -376,7 +374,7 @@ def init_state(
         return state._replace(epoch_metrics=zeros)
 
     # One program, and not a hundred small ones: 2 s against 4 s.
-    state: TrainState = jax.jit(init, out_shardings=sharding)()
+    state: TrainState = jax.jit(init)()
     return state
 
 

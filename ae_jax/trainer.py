@@ -5,6 +5,7 @@ finite, surroundings that changed since the run began.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -167,15 +169,18 @@ class Trainer:
         self._check_enough(len(images))
         where = hosts.replicated(self._mesh)
         self._program = run.build(settings, len(images), images.shape[1], where)
-        self._feed = self._make_feed()
         description = run.write_description(
             experiment, settings, self._dataset, description
         )
         self._saved_with = {key: description[key] for key in ("config", "data")}
-        # Compiling takes seconds, each on one core: it begins while the main thread
-        # still chooses and draws images.
+        # Compiling takes seconds, each on one core: it goes on while the main thread
+        # chooses and draws images. What is traced before is in nobody's way.
+        self._feed = self._make_feed(images)
+        train = self._dataset.train._replace(images=self._feed.images)
+        self._dataset = dataclasses.replace(self._dataset, train=train)
+        self._feed.lower(self._program.train_step, self._abstract())
         pool = ThreadPoolExecutor()
-        self._compiled = pool.submit(self._compile)
+        self._compiled = pool.submit(self._feed.compile)
         self._first_state = pool.submit(self._program.init)
         pool.shutdown(wait=False)
         if hosts.is_first():
@@ -189,12 +194,12 @@ class Trainer:
                 f"for {jax.process_count()} processes; start fewer"
             )
 
-    def _make_feed(self) -> Feed:
-        train, images = self.config.train, self._dataset.train.images
+    def _make_feed(self, images: Any) -> Feed:
+        train = self.config.train
         key = key_for(train.seed, Purpose.SHUFFLE)
         if self.config.data.streaming:
-            epochs = train.num_epochs
-            return Stream(images, key, train.batch_size, epochs, self._mesh)
+            size, num_epochs = train.batch_size, train.num_epochs
+            return Stream(images, key, size, num_epochs, self._mesh)
         return InMemory(images, self._program.order, key, self._mesh)
 
     # --- Before training ---
@@ -283,10 +288,6 @@ class Trainer:
         where = hosts.replicated(self._mesh)
         state: TrainState = checkpoint.abstract_like(self._program.init, where)
         return state
-
-    def _compile(self) -> None:
-        """The program that trains; the images may go to the devices meanwhile."""
-        self._feed.compile(self._program.train_step, self._abstract())
 
     def _restore_or_init(self) -> TrainState:
         """The newest checkpoint's state, or the first; rewrites the logs to match."""
@@ -413,7 +414,7 @@ class Trainer:
         records.write_rows(self.folder, rows)
         if self._board:
             self._board.add_row(row)
-        else:  # not before: where PyTorch is installed, it takes seconds to open
+        else:  # not before: it takes time to open, and the first step is waited for
             self._board = records.Board(self.folder, rows)
         num_epochs, width = self.config.train.num_epochs, self.config.model.code_width
         line = records.epoch_line(row, num_epochs, self.config.train.loss, width)

@@ -23,7 +23,8 @@ def make_feed(kind, seed=0):
     else:
         made = feed.InMemory(IMAGES, PROGRAM.order, key, MESH)
     where = hosts.replicated(MESH)
-    made.compile(PROGRAM.train_step, checkpoint.abstract_like(PROGRAM.init, where))
+    made.lower(PROGRAM.train_step, checkpoint.abstract_like(PROGRAM.init, where))
+    made.compile()
     return made
 
 

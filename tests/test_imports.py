@@ -136,6 +136,15 @@ def test_importing_a_loss_loads_no_data_checkpoint_or_figure_library():
     assert not set(loaded) & {"orbax", "tensorflow_datasets", "matplotlib"}
 
 
+def test_a_run_starts_without_what_only_its_scores_and_figures_need():
+    code = "import sys, ae_jax.trainer; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert not set(loaded) & {
+        "matplotlib", "orbax", "PIL.Image", "scipy.ndimage", "scipy.sparse",
+        "scipy.stats", "tensorboardX",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "command",
     [

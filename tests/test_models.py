@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ae_jax.models import ACTIVATIONS, MODELS, Autoencoder, uniform_within
+from ae_jax.models import (
+    ACTIVATIONS,
+    MODELS,
+    Autoencoder,
+    draw_together,
+    uniform_within,
+)
 
 KEY = jax.random.key(0)
 
@@ -102,6 +108,24 @@ def test_torch_init_fills_its_bounds_uniformly(fan_in):
     # Mean and variance of a uniform draw, each within five standard errors.
     assert abs(draws.mean()) < 5 * bound / np.sqrt(3 * draws.size)
     np.testing.assert_allclose(draws.var(), bound**2 / 3, rtol=0.05)
+
+
+@pytest.mark.parametrize("initializer", ["torch", "he"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_parameters_drawn_together_are_those_drawn_apart(initializer, dtype):
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    model = Autoencoder(784, initializer=initializer, param_dtype=jnp.dtype(dtype))
+
+    def init(key):
+        return model.init(key, jnp.zeros((1, 784), dtype))["params"]
+
+    keys = jax.random.split(jax.random.key(2), 2)
+    apart = jax.jit(jax.vmap(init))(keys)
+    together = jax.jit(jax.vmap(draw_together(init)))(keys)
+    assert jax.tree.leaves(together)[0].dtype == dtype
+    jax.tree.map(np.testing.assert_array_equal, together, apart)
+    # What is noted within is made outside again.
+    assert bool(init(keys[0])["encoder_0"]["bias"].any()) == (initializer == "torch")
 
 
 @pytest.mark.parametrize(

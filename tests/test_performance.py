@@ -4,6 +4,7 @@ Seconds belong into scripts/benchmark.py; these numbers are the same on every ma
 """
 
 import functools
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import pytest
 from conftest import ROOT
 
 from ae_jax import ensemble, run
+from ae_jax.checkpoint import digest_leaves
 from ae_jax.config import Config, EnsembleConfig, ModelConfig
 from ae_jax.train import MEMBERS, Purpose, key_for, make_train_chunk
 from scripts.benchmark import made_up
@@ -52,6 +54,21 @@ def test_any_split_of_an_epoch_and_any_epoch_run_one_program():
     assert int(state.step) == 8
     assert chunk._cache_size() == 1
     assert program.order._cache_size() == 1
+
+
+def test_one_program_draws_the_first_state_of_every_seed():
+    program, _, _ = tutorial()
+    before = program.init_at._cache_size()
+    first, second = (program.init_at(np.uint32(seed)).params for seed in (0, 2**32 - 1))
+    assert program.init_at._cache_size() <= before + 1
+    differ = jax.tree.map(lambda a, b: (a != b).any(), first, second)
+    assert all(jax.tree.leaves(differ))
+
+
+def test_sixteen_draws_are_compiled_as_two():
+    program, _, _ = tutorial()
+    drawn = str(jax.make_jaxpr(program.init_at)(np.uint32(0)))
+    assert drawn.count("random_bits[") == 2
 
 
 def test_within_an_epoch_nothing_goes_to_or_from_the_host():
@@ -113,7 +130,8 @@ for count in (1, 2, 4):
     key = key_for(0, Purpose.SHUFFLE)
     made = feed.InMemory(np.zeros((200, 784), np.uint8), program.order, key, mesh)
     state = checkpoint.abstract_like(program.init, where)
-    made.compile(program.train_step, state)
+    made.lower(program.train_step, state)
+    made.compile()
     text = made._chunk.as_text()
     sizes = [
         np.prod([int(n) for n in dims.split(",") if n])
@@ -155,3 +173,59 @@ def test_members_share_one_program_and_are_updated_in_place():
     assert group.advance._cache_size() == 1
     assert all(leaf.is_deleted() for leaf in leaves)
     assert math.isfinite(float(states.epoch_metrics["loss"].sum()))
+
+
+# --- The cache of compiled programs ---------------------------------------------------
+
+DAMAGES = (
+    lambda blob: blob[: len(blob) // 2],
+    lambda blob: b"",
+    lambda blob: b"not what was compiled " * 100,
+    lambda blob: blob[:1000] + bytes([blob[1000] ^ 16]) + blob[1001:],
+)
+
+
+def begin(folder, cache):
+    """The tutorial on digits as a process of its own, its programs kept in a cache."""
+    command = [sys.executable, "-m", "experiments.tutorial", "--preset", "quick"]
+    options = ["--train.num-epochs", "1", "--figures.epochs", "1", "--model.hidden"]
+    return subprocess.Popen(
+        [*command, *options, "16", "--run-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process):
+    """What it said, if it ended well."""
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_a_damaged_cache_or_none_stops_no_run_and_changes_no_bit(tmp_path):
+    cache, in_the_way = tmp_path / "cache", tmp_path / "file"
+    in_the_way.touch()
+    names = ("sound", "uncached", "damaged")
+    sound, uncached, damaged = folders = [tmp_path / name for name in names]
+    begun = begin(sound, cache), begin(uncached, in_the_way)
+    said = [finish(process) for process in begun]
+    complaint = "persistent compilation cache"
+    assert [complaint in text for text in said] == [False, True]
+
+    programs = sorted(cache.iterdir())
+    for path, damage in zip(programs, itertools.cycle(DAMAGES)):
+        path.write_bytes(damage(path.read_bytes()))
+    assert len(programs) > len(DAMAGES)
+    said = finish(begin(damaged, cache))
+    assert said.count(complaint) > len(DAMAGES)
+    assert sorted(cache.iterdir()) == programs
+
+    opened = [run.open_run(folder) for folder in folders]
+    losses = [[row["train/mse"] for row in one.rows] for one in opened]
+    digests = [digest_leaves(one.state) for one in opened]
+    assert losses[1:] == losses[:1] * 2
+    assert digests[1:] == digests[:1] * 2

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -151,3 +153,16 @@ def test_a_damaged_row_names_its_line(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n' + line + b"\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is damaged"):
         records.read_rows(tmp_path, types={"epoch": int})
+
+
+def test_tensorboard_is_written_without_loading_pytorch(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from ae_jax import records; "
+        "records.Board(Path(sys.argv[1]), [{'step': 1, 'train/mse': 0.5}]).close(); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.stdout == "False\n", done.stderr
+    assert list((tmp_path / "tensorboard").iterdir())
