@@ -19,7 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from ae_jax import cli
-from ae_jax.config import Config, TrainConfig, UserError, flatten, to_json
+from ae_jax.config import (
+    Config,
+    TrainConfig,
+    UserError,
+    flatten,
+    refuse_sharing,
+    to_json,
+)
 
 NAME = "compare_pytorch"
 
@@ -62,7 +69,7 @@ class Comparison(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        configs.refuse_sharing(self)
+        refuse_sharing(self)
         for own in dataclasses.fields(Comparison):
             value = getattr(self, own.name)
             if own.type in (int, float) and not value > 0:
