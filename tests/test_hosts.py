@@ -84,15 +84,17 @@ def same_run(folder, alone):
     assert names[0] == names[1]
 
 
-def test_two_processes_then_one_then_two_are_one_run(tmp_path, alone):
-    options = (*DOUBLE, "--run-dir", tmp_path / "run", "--train.num-epochs")
+def test_two_processes_then_one_then_two_stream_one_run(tmp_path):
+    options = (*DOUBLE, "--data.streaming", "--run-dir")
+    run(*options, tmp_path / "alone")
+    options += (tmp_path / "run", "--train.num-epochs")
     first, second = run_job(*options, 1)
     assert "epoch 1/1" in first
     assert "epoch" not in second  # one of them tells
     assert "device.processes 2 → 1" in run(*options, 2)
     told, _ = run_job(*options, 3)
     assert "going on from step 46" in told
-    same_run(tmp_path / "run", alone)
+    same_run(tmp_path / "run", tmp_path / "alone")
 
 
 def test_four_devices_then_one_then_four_are_one_run(tmp_path, alone):
@@ -101,13 +103,6 @@ def test_four_devices_then_one_then_four_are_one_run(tmp_path, alone):
     run(*options, "--train.num-epochs", 2)
     run(*options, "--mesh.data", 4, devices=4)
     same_run(tmp_path / "run", alone)
-
-
-def test_streamed_by_two_processes_is_streamed_by_one(tmp_path):
-    options = (*DOUBLE, "--data.streaming", "--train.num-epochs", 2)
-    run(*options, "--run-dir", tmp_path / "one")
-    run_job(*options, "--run-dir", tmp_path / "two")
-    same_run(tmp_path / "two", tmp_path / "one")
 
 
 def wait_for(process, text):
@@ -177,10 +172,9 @@ def test_an_unreachable_coordinator_is_given_up_on(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_slurm_tells_who_the_others_are(tmp_path):
+def test_slurm_tells_who_the_others_are(tmp_path, alone):
     """JAX finds the coordinator in the surroundings that SLURM makes."""
-    options = ("--preset", "quick", "--run-dir", tmp_path / "run", "--distributed")
-    options += ("--train.num-epochs", 1)
+    options = (*DOUBLE, "--run-dir", tmp_path / "run", "--distributed")
     slurm = {
         "SLURM_JOB_ID": str(free_port()),  # of which JAX makes the port
         "SLURM_STEP_NODELIST": "localhost",
@@ -196,6 +190,7 @@ def test_slurm_tells_who_the_others_are(tmp_path):
     assert [process.returncode for process in processes] == [0, 0], told
     description = json.loads((tmp_path / "run" / "config.json").read_text())
     assert description["device"]["processes"] == 2
+    same_run(tmp_path / "run", alone)
 
 
 def test_without_a_cluster_it_asks_for_the_coordinator():
