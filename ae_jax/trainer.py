@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,8 +156,8 @@ class Trainer:
         if self.finished:
             return
         self._dataset = data.load(settings.data)
-        images = self._dataset.train.images
-        self._program = run.build(settings, *images.shape)
+        num_train, shape = len(self._dataset.train.images), self._dataset.shape
+        self._program = run.build(settings, num_train, *shape)
         self._shuffle = key_for(settings.train.seed, Purpose.SHUFFLE)
         description = run.write_description(
             experiment, settings, self._dataset, description
@@ -190,15 +191,15 @@ class Trainer:
         seed, num_epochs = self.config.train.seed, self.config.train.num_epochs
         train, test = self._dataset.train.images, self._dataset.test.images
         batch_size = self.config.train.batch_size
-        samples = self._program.order(key_for(seed, Purpose.SAMPLES), 0)
+        samples = self._program.order(key_for(seed, Purpose.SAMPLES), 0).ravel()
         last_batch = self._program.order(self._shuffle, num_epochs - 1)[-1]
         last_test_batch = test[(len(test) - 1) // batch_size * batch_size :]
         chosen = {
-            "samples": train[np.asarray(samples).ravel()[:25]],
+            "samples": train[[row for row in samples.tolist() if row >= 0][:25]],
             "train": train[[row for row in last_batch.tolist() if row >= 0][:5]],
             "test": last_test_batch[:10],
         }
-        pictures = {
+        pictures: dict[str, Any] = {
             name: images.reshape(-1, *self._dataset.shape)
             for name, images in chosen.items()
         }
@@ -337,7 +338,7 @@ class Trainer:
     ) -> None:
         loss, images = self.config.train.loss, self._dataset.train.images
         rows: list[Row] = self._history["rows"]
-        codes = run.in_blocks(self._program.encode, state.params, images)
+        dead_units = run.dead_units(self._program.encode, state.params, images)
         means = {name: float(values.mean()) for name, values in metrics.items()}
         row = {
             "epoch": step // self._program.steps_per_epoch,
@@ -346,7 +347,7 @@ class Trainer:
             **{f"train/{name}": mean for name, mean in means.items()},
             **self._validate(state, step),
             "train/learning_rate": float(self._program.schedule(step - 1)),
-            "code/dead_units": int(evaluate.dead_units(codes).sum()),
+            "code/dead_units": int(dead_units.sum()),
             "wall_s": self._history["epoch_s"],
             "images_per_s": len(images) / self._history["epoch_s"],
         }
@@ -369,10 +370,12 @@ class Trainer:
         if not len(images):
             return {}
         name = self.config.train.loss
-        recon = run.in_blocks(self._program.reconstruct, state.params, images)
-        target = run.scale(images, recon.dtype)
-        per_example = np.asarray(
-            losses.LOSSES[name](*map(jnp.asarray, (recon, target)))
+        blocks = run.each_block(self._program.reconstruct, state.params, images)
+        per_example = np.concatenate(
+            [
+                np.asarray(losses.LOSSES[name](jnp.asarray(recon), jnp.asarray(target)))
+                for target, recon in blocks
+            ]
         )
         mean = float(per_example.mean(dtype=np.float64))
         if not np.isfinite(mean):
