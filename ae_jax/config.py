@@ -52,33 +52,73 @@ def _check_not_negative(prefix: str, config: object, *names: str) -> None:
         _check(ok, f"{prefix}.{name}", "finite and at least 0", value)
 
 
+OWN_FIELDS = {
+    ("folder",): ("channels", "image_size", "max_broken"),
+    ("folder", "npz"): ("test_share", "split_seed"),
+}
+"""Fields of :class:`DataConfig` that some data sets alone have."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images."""
 
     name: str = "mnist"
-    """Data set: mnist, fashion_mnist, kmnist, or digits (8×8, nothing to download)."""
+    """Data set: mnist, fashion_mnist, kmnist, digits (8×8, nothing to download), or
+    your own images: folder, npz."""
     dir: Path = Path("data")
     """Folder in which data sets are prepared, once for all runs."""
     source: Path | None = None
-    """Folder with the four IDX files (raw or .gz), to prepare from without network."""
+    """Your images: a folder of PNG, JPEG or WebP, or an .npz file. Of mnist and its
+    kin: folder with the four IDX files (raw or .gz), to prepare without network."""
     num_validation: int = 0
     """Images held out of training: the last ones of the training split."""
+    channels: Literal[1, 3] = 1
+    """Of a folder: 1 makes all its pictures grey, 3 makes them colour."""
+    image_size: int | None = None
+    """Of a folder: each picture is shrunk or enlarged until its shorter side has so
+    many pixels, and its middle square is taken. None: all are of one size already."""
+    test_share: float = 0.1
+    """Share of your images that are the test split, where the file does not say."""
+    split_seed: int = 0
+    """Seed of the order of your images, which decides on the test split."""
+    max_broken: float = 0.001
+    """Of a folder: largest share of its files that may be unreadable, and left out."""
     streaming: bool = False
-    """Read images from disk as they are needed, rather than holding all in memory."""
+    """Read images from disk as they are needed, rather than hold all in memory."""
 
     def __post_init__(self) -> None:
         _check_not_negative("data", self, "num_validation")
+        _check(0 < self.test_share < 1, "data.test_share", "in (0, 1)", self.test_share)
+        _check(
+            0 <= self.split_seed < 2**32,
+            "data.split_seed",
+            "in [0, 2^32)",
+            self.split_seed,
+        )
+        _check(
+            0 <= self.max_broken <= 1, "data.max_broken", "in [0, 1]", self.max_broken
+        )
+        if self.image_size is not None:
+            _check_positive("data", self, "image_size")
+        for names, fields in OWN_FIELDS.items():
+            for name in fields if self.name not in names else ():
+                if getattr(self, name) != getattr(DataConfig, name):
+                    wanted = " or ".join(names)
+                    raise ValueError(
+                        f"data.{name}: only for data.name {wanted}, not {self.name}"
+                    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network; the pixel count follows the data set."""
+    """Which network; the images' shape follows the data set."""
 
     name: str = "autoencoder"
-    """Model: a name in ae_jax.models.MODELS."""
+    """Model: autoencoder (dense) or conv, or another in ae_jax.models.MODELS."""
     hidden: tuple[int, ...] = (128, 64, 12)
-    """Widths of the encoder's hidden layers; the decoder mirrors them."""
+    """Widths of the encoder's hidden layers, of conv the channels of its stages, each
+    of which halves the image; the decoder mirrors them."""
     code_width: int = 3
     """Units of the code."""
     code_activation: Literal["relu", "leaky_relu", "none"] = "relu"
@@ -320,7 +360,9 @@ def _decode(kind: Any, plain: Any, name: str) -> Any:
         return _decode_dataclass(kind, plain, name)
     if get_origin(kind) is Literal:
         choices = ", ".join(map(str, get_args(kind)))
-        _check(plain in get_args(kind), name, f"one of {choices}", repr(plain))
+        # True equals 1, and is none of the choices.
+        ok = any(type(plain) is type(one) and plain == one for one in get_args(kind))
+        _check(ok, name, f"one of {choices}", repr(plain))
         return plain
     if get_origin(kind) in (Union, types.UnionType):  # the only unions are X | None
         inner = next(arg for arg in get_args(kind) if arg is not type(None))
@@ -383,7 +425,10 @@ def diff(ours: RunConfig, theirs: RunConfig) -> dict[str, tuple[Any, Any]]:
 PROCESSES = ("distributed", "coordinator", "num_processes", "process_id", "mesh.")
 """Fields that tell who computes; they change a run by its rounding alone."""
 
-FREE = ("run_dir", "compilation_cache", "data.dir", "data.source", *PROCESSES)
+PLACES = ("run_dir", "compilation_cache", "data.dir", "data.source", "data.max_broken")
+"""Fields that do not change a single bit of what a run finds."""
+
+FREE = (*PLACES, *PROCESSES)
 """Fields in which a run may differ when it goes on."""
 
 

@@ -1,5 +1,7 @@
 """A named data set as arrays: fetched and prepared once, checked on every load.
 
+The user's own images, ``folder`` and ``npz``, are read by :mod:`ae_jax.images`.
+
 MNIST and its kin go through TensorFlow Datasets (tfds), but never need TensorFlow:
 their builders are given a reader of their own for the four IDX files. On disk::
 
@@ -8,6 +10,7 @@ their builders are given a reader of their own for the four IDX files. On disk::
     data/mnist/decoded.npz    the same as arrays, in the same order: what we load
     data/mnist/incomplete.*   what a killed process left; the next one removes it
 
+Streamed, the images stay in decoded.npz, and the fingerprint recorded there is trusted.
 To add a data set, add one line to :data:`DATASETS`.
 """
 
@@ -32,7 +35,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +43,13 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Integer, UInt8
 
+from ae_jax import images
 from ae_jax.config import DataConfig, UserError, suggest
+from ae_jax.images import Rows
 
-Source = Literal["prepared", "directory", "download", "npm", "bundled"]
+Source = Literal["prepared", "directory", "file", "download", "npm", "bundled"]
 
 FILES = (
     "train-images-idx3-ubyte",
@@ -70,10 +75,10 @@ DECODE_BLOCK = 5_000
 class Arrays(NamedTuple):
     """A whole data set as its owners give it; what a function in DATASETS returns."""
 
-    train_images: UInt8[np.ndarray, "N H W"]
-    train_labels: UInt8[np.ndarray, "N"]
-    test_images: UInt8[np.ndarray, "M H W"]
-    test_labels: UInt8[np.ndarray, "M"]
+    train_images: UInt8[np.ndarray, "N H W *C"]
+    train_labels: Integer[np.ndarray, "N"]
+    test_images: UInt8[np.ndarray, "M H W *C"]
+    test_labels: Integer[np.ndarray, "M"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,56 @@ def make_digits() -> Arrays:
     return Arrays(images[:1437], labels[:1437], images[1437:], labels[1437:])
 
 
-DATASETS: dict[str, Idx | Callable[[], Arrays]] = {
+Loaded = tuple[Sequence[Any], str, Source]
+"""What :class:`Arrays` has, images being :class:`Rows` if they are streamed; the
+fingerprint; where it came from."""
+
+
+@dataclass(frozen=True)
+class Own:
+    """The user's own images, which are at ``config.source``."""
+
+    load: Callable[[DataConfig], Loaded]
+
+
+def load_folder(config: DataConfig) -> Loaded:
+    """A folder of pictures, decoded the first time that it is seen as it is now."""
+    place = images.find_source(config, "a folder")
+    pictures = images.list_pictures(place)
+    digest = images.digest_pictures(pictures, config)
+    folder = config.dir / f"folder-{digest[:12]}"
+    source: Source = "prepared"
+    if not (folder / "decoded.npz").exists():
+        with _alone(folder):
+            if not (folder / "decoded.npz").exists():
+                _say(f"preparing {len(pictures):,} pictures of {place} (once) …")
+                try:
+                    images.prepare(pictures, config, folder)
+                except BaseException:
+                    shutil.rmtree(folder)
+                    raise
+                source = "directory"
+    broken = (folder / "broken.txt").read_text("utf-8").splitlines()
+    told = (
+        f"{len(broken):,} of {len(pictures):,} files in {place} cannot be read: "
+        f"{images.list_broken(broken)}"
+    )
+    if len(broken) > config.max_broken * len(pictures):
+        raise UserError(
+            f"data.source: {told}; mend or remove them, or allow for more by "
+            "--data.max-broken"
+        )
+    if broken and source == "directory":
+        _say(f"left out: {told}; all are in {folder / 'broken.txt'}")
+    return *_read_decoded(folder, config.streaming), source
+
+
+def load_npz(config: DataConfig) -> Loaded:
+    """An .npz file, read where it is."""
+    return *images.load_npz(config), "file"
+
+
+DATASETS: dict[str, Idx | Own | Callable[[], Arrays]] = {
     "mnist": Idx(
         "MNIST",
         raw_sha256=(
@@ -124,8 +178,11 @@ DATASETS: dict[str, Idx | Callable[[], Arrays]] = {
     ),
     "kmnist": Idx("KMNIST"),
     "digits": make_digits,
+    "folder": Own(load_folder),
+    "npz": Own(load_npz),
 }
-"""Every data set by its name: four IDX files, or a function that makes the arrays."""
+"""Every data set by its name: four IDX files, the user's own, or a function that makes
+the arrays."""
 
 FINGERPRINTS = {
     "mnist": "8d55194a4946d8cf7678cfed1846bc104a3440e8195d16b3295d5feebc6b6e04",
@@ -138,8 +195,9 @@ FINGERPRINTS = {
 class Split(NamedTuple):
     """A part of a data set; row i of both belongs together."""
 
-    images: UInt8[np.ndarray, "N D"]
-    labels: UInt8[np.ndarray, "N"]
+    images: Any
+    """Images: not by type, or all who never stream would have to say so."""
+    labels: Integer[np.ndarray, "N"]
 
 
 @dataclass(frozen=True)
@@ -151,10 +209,11 @@ class Dataset:
     validation: Split
     """The last images of the stored training split; empty if none are held out."""
     test: Split
-    shape: tuple[int, int]
-    """Height and width of an image; their product is D."""
+    shape: tuple[int, ...]
+    """Of an image: (H, W), or (H, W, 3) if it has colours; D is the product."""
     fingerprint: str
-    """sha256 of the images and labels of both stored splits, nothing held out."""
+    """sha256 of the images and labels of both stored splits, nothing held out; of an
+    .npz file see :func:`images.load_npz`."""
     source: Source
     """Where this load had them from; ``prepared``: an earlier one left them."""
 
@@ -191,25 +250,40 @@ def load(config: DataConfig) -> Dataset:
         hint = suggest(config.name, DATASETS)
         raise UserError(f"data.name: there is no data set {config.name}{hint}")
     entry = DATASETS[config.name]
-    source: Source
-    if isinstance(entry, Idx):
-        folder = config.dir / config.name
-        known = (folder / "decoded.npz").exists()
-        source = "prepared" if known else _prepare(config, entry)
-        arrays, fingerprint = _read_decoded(folder)
+    if isinstance(entry, Own):
+        arrays, fingerprint, source = entry.load(config)
+    elif isinstance(entry, Idx):
+        arrays, fingerprint, source = _load_idx(config, entry)
     else:
-        arrays, source = entry(), "bundled"
-        fingerprint = compute_fingerprint(arrays)
-        if fingerprint != FINGERPRINTS.get(config.name, fingerprint):
-            raise UserError(
-                f"{config.name}: not the known images; reinstall its package"
-            )
-    height, width = arrays.train_images.shape[1:]
-    train = Split(arrays.train_images.reshape(-1, height * width), arrays.train_labels)
-    test = Split(arrays.test_images.reshape(-1, height * width), arrays.test_labels)
+        arrays, fingerprint, source = _load_bundled(config.name, entry)
+    (train, shape), (test, _) = map(_as_split, arrays[::2], arrays[1::2])
     train, validation = _hold_out(train, config.num_validation)
-    shape = (height, width)
     return Dataset(config.name, train, validation, test, shape, fingerprint, source)
+
+
+def _load_idx(config: DataConfig, idx: Idx) -> Loaded:
+    folder = config.dir / config.name
+    known = (folder / "decoded.npz").exists()
+    source = "prepared" if known else _prepare(config, idx)
+    return *_read_decoded(folder, config.streaming), source
+
+
+def _load_bundled(name: str, make: Callable[[], Arrays]) -> Loaded:
+    arrays = make()
+    fingerprint = compute_fingerprint(arrays)
+    if fingerprint != FINGERPRINTS.get(name, fingerprint):
+        raise UserError(f"{name}: not the known images; reinstall its package")
+    return arrays, fingerprint, "bundled"
+
+
+def _as_split(
+    pictures: UInt8[np.ndarray, "N H W *C"] | Rows, labels: Integer[np.ndarray, "N"]
+) -> tuple[Split, tuple[int, ...]]:
+    """A split of rows, and the shape of its images."""
+    if isinstance(pictures, Rows):
+        return Split(pictures, labels), pictures.image_shape
+    shape = pictures.shape[1:]
+    return Split(pictures.reshape(-1, math.prod(shape)), labels), shape
 
 
 def compute_fingerprint(arrays: Arrays) -> str:
@@ -228,10 +302,12 @@ def _hold_out(train: Split, count: int) -> tuple[Split, Split]:
             f"data.num_validation: must be below {size}, the number of training "
             f"images, got {count}"
         )
-    kept = size - count
-    # A copy: as a view it would keep the whole split in memory.
-    held_out = Split(*(a[kept:].copy() for a in train))
-    return Split(*(a[:kept] for a in train)), held_out
+    kept, (rows, labels) = size - count, train
+    if isinstance(rows, Rows):
+        parts: tuple[Any, Any] = rows.part(0, kept), rows.part(kept, size)
+    else:  # a copy: as a view it would keep the whole split in memory
+        parts = rows[:kept], rows[kept:].copy()
+    return Split(parts[0], labels[:kept]), Split(parts[1], labels[kept:])
 
 
 def _prepare(config: DataConfig, idx: Idx) -> Source:
@@ -241,7 +317,6 @@ def _prepare(config: DataConfig, idx: Idx) -> Source:
     from the last one.
     """
     folder = config.dir / config.name
-    folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         if (folder / "decoded.npz").exists():  # the process that we waited for made it
             return "prepared"
@@ -258,7 +333,8 @@ def _prepare(config: DataConfig, idx: Idx) -> Source:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold the lock on a data set's folder; at the end clear all that is unfinished."""
+    """Make a data set's folder and hold its lock; in the end clear the unfinished."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with folder.with_name(f"{folder.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -266,6 +342,7 @@ def _alone(folder: Path) -> Iterator[None]:
             _say(f"waiting for another process that prepares {folder.name} …")
             fcntl.flock(lock, fcntl.LOCK_EX)
         try:
+            folder.mkdir(exist_ok=True)
             yield
         finally:
             for path in folder.glob("incomplete.*"):
@@ -378,18 +455,24 @@ def _write_decoded(folder: Path, arrays: Arrays) -> None:
     os.replace(unfinished, folder / "decoded.npz")
 
 
-def _read_decoded(folder: Path) -> tuple[Arrays, str]:
+def _read_decoded(folder: Path, streaming: bool) -> tuple[list[Any], str]:
     """The decoded copy and its fingerprint, which must be the known one."""
+    path = folder / "decoded.npz"
     try:
         # NumPy would leave a damaged file open, if it were to open it itself.
-        with (folder / "decoded.npz").open("rb") as file, np.load(file) as decoded:
+        with path.open("rb") as file, np.load(file) as decoded:
             recorded = str(decoded["fingerprint"])
-            arrays = Arrays(*(decoded[field] for field in Arrays._fields))
+            arrays: list[Any] = [
+                images.open_rows(path, field)
+                if streaming and field.endswith("images")
+                else decoded[field]
+                for field in Arrays._fields
+            ]
     except (OSError, MemoryError):
         raise
     except Exception as error:  # flipped bits surface as almost any exception
         raise _damaged(folder) from error
-    fingerprint = compute_fingerprint(arrays)
+    fingerprint = recorded if streaming else compute_fingerprint(Arrays(*arrays))
     if fingerprint != FINGERPRINTS.get(folder.name, recorded):
         raise _damaged(folder)
     return arrays, fingerprint

@@ -10,7 +10,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import math
 import os
 import shutil
 import statistics
@@ -208,7 +207,8 @@ class Ensemble:
             print(f"{self.folder} is finished: see summary.json and {RESULTS} there")
             return
         self.dataset = data.load(settings.data)
-        self.program = run.build(settings, *self.dataset.train.images.shape)
+        num_train = len(self.dataset.train.images)
+        self.program = run.build(settings, num_train, *self.dataset.shape)
         description = run.write_description(experiment, settings, self.dataset, known)
         self.saved_with = {key: description[key] for key in ("config", "data")}
 
@@ -386,7 +386,7 @@ def take(run_dir: Path, seed: int, new_dir: Path) -> int:
     if not folder.is_dir():
         raise UserError(f"{run_dir}: seed {seed} has no checkpoint yet; let it train")
     about = description["data"]
-    program = run.build(settings, about["num_train"], math.prod(about["shape"]))
+    program = run.build(settings, about["num_train"], *about["shape"])
     members = jnp.asarray(group, jnp.uint32)
     init = functools.partial(make_group(program, len(group)).init, members)
     abstract = checkpoint.abstract_like(init)

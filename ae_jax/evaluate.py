@@ -1,8 +1,9 @@
 """What reconstructions and codes are worth: metrics, diagnosis and baselines.
 
 From arrays to numbers, in NumPy and SciPy alone, so that any framework's output is
-scored by the same code. Images are rows of D = H·W pixels; the arithmetic is float64
-whatever the input. N and M number the images of a split, K the units of a code.
+scored by the same code. Images are rows of D = H·W pixels, or H·W·3 in colour; the
+arithmetic is float64 whatever the input. N and M number the images of a split, K the
+units of a code. The baselines read images block by block, so that they may be on disk.
 
 SciPy is imported where it is used: most of a second, and a run starts without it.
 """
@@ -12,11 +13,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
+
+from ae_jax.images import Images
 
 BLOCK = 256
 """Images worked on at once, so that temporaries stay in the processor's cache; no more
 than 256, or the sums of ``_second_moment`` are no longer exact."""
+
+DENSE = 4096
+"""Most pixels whose covariance is worth making: at twice as many it takes 0.5 GB."""
+NUM_PASSES = 8
+"""Over images of more pixels, to find their principal components."""
 
 WHITE = 255
 """The largest value of a stored pixel; divided by it, pixels lie in [0, 1]."""
@@ -74,20 +82,22 @@ def psnr(mse: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
 
 
 def ssim(
-    recon: Float[np.ndarray, "N H W"], target: Float[np.ndarray, "N H W"]
+    recon: Float[np.ndarray, "N H W *C"], target: Float[np.ndarray, "N H W *C"]
 ) -> Float[np.ndarray, "N"]:
     """Structural similarity of each image to its target.
 
     Means, variances and the covariance are taken under a Gaussian window of σ 1.5,
     11 pixels wide or, if a side is shorter, the largest odd number that it holds. The
-    border, where the window would hang over the edge, is left out.
+    border, where the window would hang over the edge, is left out. Each channel of a
+    colour image counts as an image.
 
     Args:
         recon: reconstructions, in the pixel scale of ``target``.
         target: pixels in [0, 1].
 
     Returns:
-        Mean over the pixels of each image; 1 where the two are equal; float64.
+        Mean over the pixels and channels of each image; 1 where the two are equal;
+        float64.
 
     Raises:
         ValueError: the two shapes differ.
@@ -96,7 +106,8 @@ def ssim(
         Wang et al., "Image quality assessment: from error visibility to structural
         similarity", IEEE TIP 13 (2004), equation 13, with their constants. Equals
         scikit-image's ``structural_similarity(gaussian_weights=True, data_range=1,
-        use_sample_covariance=False)`` where that is defined, on sides of 11 or more.
+        use_sample_covariance=False)`` where that is defined, on sides of 11 or more; in
+        colour with ``channel_axis=-1``.
 
     Example:
         >>> image = np.linspace(0, 1, 64).reshape(1, 8, 8)
@@ -105,19 +116,20 @@ def ssim(
     """
     _check_same_shape(recon, target)
     scores = np.empty(len(target))
+    axes = tuple(range(1, target.ndim))
     for block in _blocks(len(target)):
         scores[block] = _ssim_map(
             recon[block].astype(np.float64), target[block].astype(np.float64)
-        ).mean(axis=(1, 2))
+        ).mean(axis=axes)
     return scores
 
 
 def _ssim_map(
-    x: Float[np.ndarray, "n H W"], y: Float[np.ndarray, "n H W"]
-) -> Float[np.ndarray, "n h w"]:
+    x: Float[np.ndarray, "n H W *C"], y: Float[np.ndarray, "n H W *C"]
+) -> Float[np.ndarray, "n h w *C"]:
     from scipy.ndimage import gaussian_filter
 
-    height, width = x.shape[1:]
+    height, width = x.shape[1:3]
     half = (min(11, height, width) - 1) // 2
     moments = gaussian_filter(
         np.stack([x, y, x * x, y * y, x * y]), sigma=1.5, radius=half, axes=(2, 3)
@@ -130,28 +142,58 @@ def _ssim_map(
     product, squares = mean_x * mean_y, mean_x**2 + mean_y**2
     covariance, variances = mean_xy - product, mean_xx + mean_yy - squares
     luminance = (2 * product + black) / (squares + black)
-    scores: Float[np.ndarray, "n h w"] = (
+    scores: Float[np.ndarray, "n h w *C"] = (
         luminance * (2 * covariance + flat) / (variances + flat)
     )
     return scores
 
 
-def image_metrics(
+def per_image_metrics(
     recon: Float[np.ndarray, "N D"],
     target: Float[np.ndarray, "N D"],
-    shape: tuple[int, int],
-) -> dict[str, float]:
-    """How well a split is reconstructed: means over its images.
+    shape: tuple[int, ...],
+) -> dict[str, Float[np.ndarray, "N"]]:
+    """How well each image is reconstructed.
 
     Args:
         recon: reconstructions, in the pixel scale of ``target``.
         target: pixels in [0, 1].
-        shape: height and width of an image; D is their product.
+        shape: of an image, (H, W) or (H, W, 3); D is the product.
+
+    Returns:
+        ``mse``, ``psnr_db`` and ``ssim``; none depends on the other images.
+
+    Raises:
+        ValueError: the two shapes differ, or ``shape`` does not fit.
+    """
+    errors = squared_error(recon, target)
+    return {
+        "mse": errors,
+        "psnr_db": psnr(errors),
+        "ssim": ssim(recon.reshape(-1, *shape), target.reshape(-1, *shape)),
+    }
+
+
+def mean_metrics(per_image: Mapping[str, Float[np.ndarray, "N"]]) -> dict[str, float]:
+    """How well a split is reconstructed: the means over its images.
+
+    Args:
+        per_image: what :func:`per_image_metrics` returns.
 
     Returns:
         ``mse``, the mean over all pixels of all images; ``psnr_db``, the mean of the
         images' own PSNR (not the PSNR of the mean); ``ssim``. The sums are rounded
         once, so the order of the images does not change a bit of them.
+    """
+    return {name: math.fsum(values) / len(values) for name, values in per_image.items()}
+
+
+def image_metrics(
+    recon: Float[np.ndarray, "N D"],
+    target: Float[np.ndarray, "N D"],
+    shape: tuple[int, ...],
+) -> dict[str, float]:
+    """The means of :func:`per_image_metrics` over the images of a split.
 
     Raises:
         ValueError: the two shapes differ, ``shape`` does not fit, or N is 0.
@@ -164,13 +206,7 @@ def image_metrics(
     """
     if len(target) == 0:
         raise ValueError("there are no images to score")
-    errors = squared_error(recon, target)
-    per_image = {
-        "mse": errors,
-        "psnr_db": psnr(errors),
-        "ssim": ssim(recon.reshape(-1, *shape), target.reshape(-1, *shape)),
-    }
-    return {name: math.fsum(values) / len(values) for name, values in per_image.items()}
+    return mean_metrics(per_image_metrics(recon, target, shape))
 
 
 def _check_same_shape(
@@ -298,17 +334,15 @@ def diagnose(dead_counts: Sequence[int], code_width: int) -> str | None:
     return f"{units} been {since}: {collapse}; {remedy}"
 
 
-def mean_image_mse(
-    train: UInt8[np.ndarray, "N D"], test: UInt8[np.ndarray, "M D"]
-) -> float:
+def mean_image_mse(train: Images, test: Images) -> float:
     """Error of predicting the training split's mean image for every test image.
 
     The score of a collapsed run, near enough: a model must beat it to have learnt
     anything about single images.
 
     Args:
-        train: stored pixels, 0 to 255.
-        test: stored pixels, 0 to 255.
+        train: stored pixels [N, D], 0 to 255.
+        test: stored pixels [M, D], 0 to 255.
 
     Returns:
         Mean over all pixels of ``test``, in squared pixel units of [0, 1].
@@ -318,18 +352,23 @@ def mean_image_mse(
         >>> mean_image_mse(train, np.array([[255, 255]], np.uint8))
         0.125
     """
-    mean = train.mean(axis=0, dtype=np.float64)
-    return _residual_mse(test, mean, np.empty((train.shape[1], 0)))
+    return _residual_mse(test, _mean_image(train), np.empty((train.shape[1], 0)))
 
 
-def pca_mse(
-    train: UInt8[np.ndarray, "N D"], test: UInt8[np.ndarray, "M D"], num_components: int
-) -> float:
+def _mean_image(images: Images) -> Float[np.ndarray, "D"]:
+    """The mean of the images; their sums are integers, and exact in any order."""
+    total = np.zeros(images.shape[1])
+    for block in _blocks(len(images)):
+        total += images[block].sum(axis=0, dtype=np.float64)
+    return total / len(images)
+
+
+def pca_mse(train: Images, test: Images, num_components: int) -> float:
     """Error on the test split of PCA, the best linear autoencoder of this code width.
 
     Args:
-        train: stored pixels, 0 to 255; mean and components are fitted on them.
-        test: stored pixels, 0 to 255.
+        train: stored pixels [N, D], 0 to 255; mean and components are fitted on them.
+        test: stored pixels [M, D], 0 to 255.
         num_components: at least 1; from D on the reconstruction is perfect.
 
     Returns:
@@ -337,6 +376,9 @@ def pca_mse(
 
     Raises:
         ValueError: ``num_components`` is below 1.
+
+    Above ``DENSE`` pixels the components are those of subspace iteration; of patches of
+    photographs the error was within a hundred-thousandth of the exact one.
 
     Source:
         Baldi and Hornik, "Neural networks and principal component analysis: learning
@@ -350,9 +392,13 @@ def pca_mse(
     """
     from scipy.sparse.linalg import eigsh
 
+    if num_components < 1:
+        raise ValueError(f"num_components: k must be above 0, got {num_components}")
     if num_components >= train.shape[1]:
         return 0.0
-    mean = train.mean(axis=0, dtype=np.float64)
+    mean = _mean_image(train)
+    if train.shape[1] > DENSE:
+        return _residual_mse(test, mean, _iterate(train, mean, num_components))
     covariance = _second_moment(train) - np.outer(mean, mean)
     if not covariance.any():  # all images are the same one; ARPACK refuses zeros
         return mean_image_mse(train, test)
@@ -361,7 +407,7 @@ def pca_mse(
     return _residual_mse(test, mean, components)
 
 
-def _second_moment(images: UInt8[np.ndarray, "N D"]) -> Float[np.ndarray, "D D"]:
+def _second_moment(images: Images) -> Float[np.ndarray, "D D"]:
     """Mean over the images of x xᵀ, exact but for the division.
 
     A block's sums are integers below 256 · 255² < 2²⁴, which float32 holds exactly:
@@ -374,8 +420,35 @@ def _second_moment(images: UInt8[np.ndarray, "N D"]) -> Float[np.ndarray, "D D"]
     return total / len(images)
 
 
+def _iterate(
+    images: Images, mean: Float[np.ndarray, "D"], num_components: int
+) -> Float[np.ndarray, "D K"]:
+    """The first principal components, near enough, without the covariance as a matrix.
+
+    Source:
+        Halko, Martinsson and Tropp, "Finding structure with randomness", SIAM Review 53
+        (2011), algorithm 4.4, from more than twice as many random directions.
+    """
+    shift = mean.astype(np.float32)
+
+    def scatter(basis: Float[np.ndarray, "D k"]) -> Float[np.ndarray, "D k"]:
+        total, factor = np.zeros(basis.shape), basis.astype(np.float32)
+        for block in _blocks(len(images)):
+            centred = images[block] - shift
+            total += centred.T @ (centred @ factor)
+        return total
+
+    width = min(2 * num_components + 10, len(mean))
+    basis = np.random.default_rng(0).standard_normal((len(mean), width))
+    for _ in range(NUM_PASSES):
+        basis, _ = np.linalg.qr(scatter(basis))
+    _, directions = np.linalg.eigh(basis.T @ scatter(basis))
+    components: np.ndarray = basis @ directions[:, -num_components:]
+    return components
+
+
 def _residual_mse(
-    images: UInt8[np.ndarray, "N D"],
+    images: Images,
     mean: Float[np.ndarray, "D"],
     components: Float[np.ndarray, "D K"],
 ) -> float:
@@ -391,4 +464,4 @@ def _residual_mse(
         centred = images[block] - mean
         residual = centred - centred @ components @ components.T
         total += float(np.sum(residual**2))
-    return total / (images.size * WHITE**2)
+    return total / (math.prod(images.shape) * WHITE**2)

@@ -4,8 +4,9 @@ The only importer of matplotlib. Each function returns a ``Figure`` of its own: 
 no pyplot, and so no global state, no window system and nothing to close. A user's
 matplotlibrc has no say: the same arrays give the same picture.
 
-Images are [n, H, W], uint8 or floats in [0, 1], and drawn on a grey map from black (0)
-to white (1); what lies outside is clipped. Titles and axis labels are the tutorial's.
+Images are [n, H, W], drawn on a grey map from black (0) to white (1), or [n, H, W, 3],
+drawn in colour; uint8, or floats in [0, 1]; what lies outside is clipped. Titles and
+axis labels are the tutorial's.
 """
 
 import math
@@ -24,15 +25,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-Images: TypeAlias = UInt8[np.ndarray, "n H W"] | Float[np.ndarray, "n H W"]
-Row: TypeAlias = tuple[str, Shaped[np.ndarray, "_ H W"]]  # of any length
+Images: TypeAlias = UInt8[np.ndarray, "n H W *C"] | Float[np.ndarray, "n H W *C"]
+Row: TypeAlias = tuple[str, Shaped[np.ndarray, "_ H W *C"]]  # of any length
 Curve: TypeAlias = tuple[Sequence[int], Sequence[float]]
 
 DPI = 120
 
-# Figures of images are measured in pixels. The side of an image is a multiple of 28 and
-# of 8, so that all its pixels become squares of one size; the cell around it is wider
-# than the longest title, "Reconstructed image".
+# Figures of images are measured in pixels. The longer side of an image is at most SIDE,
+# a multiple of 28 and of 8; the cell around it is wider than the longest title,
+# "Reconstructed image".
 SIDE = 168
 CELL = 200
 TITLE = 30  # height
@@ -111,18 +112,33 @@ def _draw_rows(rows: Sequence[Row]) -> Figure:
     margin = (CELL - SIDE) // 2
     heights = [(TITLE if title else 0) + CELL for title, _ in rows]
     width, bottom = num_columns * CELL, sum(heights)
+    tall, wide = _drawn_size(*rows[0][1].shape[1:3])
     figure = Figure(figsize=(width / DPI, bottom / DPI), dpi=DPI)
     scale = np.array([width, bottom, width, bottom])  # matplotlib wants fractions
     for (title, images), height in zip(rows, heights, strict=True):
         bottom -= height
         for column, image in enumerate(images):
-            box = (column * CELL + margin, bottom + margin, SIDE, SIDE)
+            # All images stand in the middle of their cells, and under their titles.
+            left, low = (margin + (SIDE - length) // 2 for length in (wide, tall))
+            box = (column * CELL + left, bottom + low, wide, tall)
             axes = figure.add_axes(tuple(box / scale))
             white = 255 if image.dtype == np.uint8 else 1
-            axes.imshow(image, cmap="gray", vmin=0, vmax=white, interpolation="nearest")
+            axes.imshow(
+                np.clip(image, 0, white), cmap="gray", vmin=0, vmax=white, aspect="auto"
+            )
             axes.set_axis_off()
             axes.set_title(title, fontsize=TITLE_PT)
     return figure
+
+
+def _drawn_size(height: int, width: int) -> tuple[int, int]:
+    """Height and width of an image in the figure.
+
+    Where it can, each of its pixels becomes a square of one size; else it is fitted.
+    """
+    factor = SIDE / max(height, width)
+    factor = int(factor) if factor >= 2 else factor
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 @matplotlib.style.context(STYLE)

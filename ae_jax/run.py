@@ -11,7 +11,7 @@ import io
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from ae_jax import checkpoint, config, data, evaluate, hosts, losses, models, records
 from ae_jax.checkpoint import Checkpoints, DamagedError, History
 from ae_jax.config import Config, ModelConfig, TrainConfig, UserError
+from ae_jax.images import Images, Rows
 from ae_jax.losses import Params
 from ae_jax.records import Row
 from ae_jax.train import (
@@ -90,12 +91,13 @@ def _choose(known: Mapping[str, Any], name: str, field: str) -> Any:
 def _build(
     model_config: ModelConfig,
     train: TrainConfig,
-    size: tuple[int, int],
+    num_train: int,
+    shape: tuple[int, ...],
     sharding: NamedSharding | None,
 ) -> Any:
-    num_train, num_pixels = size
+    num_pixels = math.prod(shape)
     model = _choose(models.MODELS, model_config.name, "model.name")(
-        num_pixels,
+        shape,
         model_config.hidden,
         model_config.code_width,
         model_config.code_activation,
@@ -144,7 +146,7 @@ def _build(
 def build(
     settings: Config,
     num_train: int,
-    num_pixels: int,
+    *shape: int,
     sharding: NamedSharding | None = None,
 ) -> Program:
     """The model, the optimiser and the train step of a config.
@@ -155,11 +157,11 @@ def build(
     Args:
         settings: the run's config.
         num_train: N, images trained on.
-        num_pixels: D.
+        shape: of an image, or D alone where the model does not ask for more.
         sharding: where the first state shall lie; None: on the first device.
 
     Raises:
-        UserError: no such model or loss.
+        UserError: no such model or loss, or a model that cannot take such images.
     """
     jax.config.update("jax_enable_x64", settings.train.precision == "float64")
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
@@ -167,21 +169,41 @@ def build(
     used = cache if settings.compilation_cache else None
     jax.config.update("jax_compilation_cache_dir", used)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    size = (num_train, num_pixels)
-    program: Program = _build(settings.model, settings.train, size, sharding)
+    program: Program = _build(
+        settings.model, settings.train, num_train, shape, sharding
+    )
     return program
 
 
 def in_blocks(
-    forward: Callable[[Params, Any], Array], params: Params, inputs: np.ndarray
+    forward: Callable[[Params, Any], Array], params: Params, inputs: np.ndarray | Rows
 ) -> Float[np.ndarray, "N ..."]:
     """Send inputs [N, …] through one of a program's functions, block by block."""
-    flat = inputs.reshape(len(inputs), math.prod(inputs.shape[1:]))
-    dtype = jax.tree.leaves(params)[0].dtype
-    blocks = [flat[i : i + BLOCK] for i in range(0, max(len(flat), 1), BLOCK)]
-    # One after the other: all at once, they would wait with their inputs in memory.
-    outputs = [np.asarray(forward(params, scale(block, dtype))) for block in blocks]
+    outputs = [output for _, output in each_block(forward, params, inputs)]
     return np.concatenate(outputs)
+
+
+def each_block(
+    forward: Callable[[Params, Any], Array], params: Params, inputs: np.ndarray | Rows
+) -> Iterator[tuple[Float[np.ndarray, "n D"], Float[np.ndarray, "n ..."]]]:
+    """The inputs of each block, scaled, and what one of a program's functions makes.
+
+    No more than a block of them is in memory, wherever the inputs are.
+    """
+    dtype = jax.tree.leaves(params)[0].dtype
+    for start in range(0, max(len(inputs), 1), BLOCK):
+        block = inputs[start : start + BLOCK]
+        x = scale(block.reshape(len(block), math.prod(inputs.shape[1:])), dtype)
+        yield x, np.asarray(forward(params, x))
+
+
+def dead_units(
+    encode: Callable[[Params, Any], Array], params: Params, images: Images
+) -> Bool[np.ndarray, "K"]:
+    """Which units of the code are zero for every image."""
+    blocks = each_block(encode, params, images)
+    dead = np.array([evaluate.dead_units(codes) for _, codes in blocks])
+    return np.asarray(dead.all(axis=0))
 
 
 def scale(
@@ -220,9 +242,9 @@ class OpenRun:
         return int(self.state.step)
 
     def encode(
-        self, images: UInt8[np.ndarray, "N ..."] | Float[np.ndarray, "N ..."]
+        self, images: UInt8[np.ndarray, "N ..."] | Float[np.ndarray, "N ..."] | Rows
     ) -> Float[np.ndarray, "N K"]:
-        """Codes of images [N, D] or [N, H, W]: bytes, or floats in [0, 1]."""
+        """Codes of images [N, D] or [N, H, W, …]: bytes, or floats in [0, 1]."""
         return in_blocks(self.program.encode, self.state.params, images)
 
     def decode(self, codes: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "N D"]:
@@ -230,7 +252,7 @@ class OpenRun:
         return in_blocks(self.program.decode, self.state.params, codes)
 
     def reconstruct(
-        self, images: UInt8[np.ndarray, "N ..."] | Float[np.ndarray, "N ..."]
+        self, images: UInt8[np.ndarray, "N ..."] | Float[np.ndarray, "N ..."] | Rows
     ) -> Float[np.ndarray, "N D"]:
         """Images through the code and back, pixels in [0, 1]."""
         return in_blocks(self.program.reconstruct, self.state.params, images)
@@ -275,7 +297,7 @@ def open_run(run_dir: Path | str, which: str | int = "latest") -> OpenRun:
         # First, for with another config the state would only seem damaged.
         history = checkpoints.load_history(step)
         check_description(folder, description, history, Config)
-        program = build(settings, about["num_train"], math.prod(about["shape"]))
+        program = build(settings, about["num_train"], *about["shape"])
         abstract = checkpoint.abstract_like(program.init)
         state, _ = checkpoints.load(abstract, step)
     return OpenRun(folder, settings, state, history["rows"], steps, program)
@@ -431,22 +453,27 @@ def best_step(rows: list[Row], loss: str) -> int:
     return int(min(rows, key=lambda row: row[key])["step"])
 
 
-def score(run: OpenRun, split: data.Split, name: str, shape: tuple[int, int]) -> Row:
+def score(run: OpenRun, split: data.Split, name: str, shape: tuple[int, ...]) -> Row:
     """Metrics of one checkpoint over a whole split.
 
     Args:
         run: the checkpoint.
         split: images [N, D].
         name: of the split; the metrics are called ``name/mse`` and so on.
-        shape: height and width of an image.
+        shape: of an image, (H, W) or (H, W, 3).
 
     Returns:
         Its metrics, and the number of code units that are dead on it.
     """
-    recon = run.reconstruct(split.images)
-    target = scale(split.images, recon.dtype)
-    metrics = evaluate.image_metrics(recon, target, shape)
-    dead = evaluate.dead_units(run.encode(split.images))
+    program, params = run.program, run.state.params
+    blocks = [
+        evaluate.per_image_metrics(recon, target, shape)
+        for target, recon in each_block(program.reconstruct, params, split.images)
+    ]
+    metrics = evaluate.mean_metrics(
+        {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
+    )
+    dead = dead_units(program.encode, params, split.images)
     return {
         **{f"{name}/{key}": value for key, value in metrics.items()},
         "code/dead_units": int(dead.sum()),
@@ -457,13 +484,16 @@ def score(run: OpenRun, split: data.Split, name: str, shape: tuple[int, int]) ->
 # --- Figures, each from the run folder alone ---------------------------------------
 
 
-def _read_pictures(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W"]]:
+def _read_pictures(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W *C"]]:
     path = folder / "figures" / "images.npz"
     try:
         # From memory: NumPy does not close a file that it cannot read.
         with np.load(io.BytesIO(path.read_bytes())) as archive:
             pictures = {name: archive[name] for name in ("samples", "train", "test")}
-            whole = all(p.dtype == np.uint8 and p.ndim == 3 for p in pictures.values())
+            whole = all(
+                p.dtype == np.uint8 and (p.ndim == 3 or p.shape[3:] == (3,))
+                for p in pictures.values()
+            )
     except Exception as error:  # NumPy, zipfile and zlib each raise their own
         raise UserError(
             f"{path}: cannot be read ({error}); {records.WRITE_ANEW}"

@@ -165,10 +165,10 @@ class Trainer:
             return
         with hosts.first_goes_ahead():
             self._dataset = data.load(settings.data)
-        images = self._dataset.train.images
+        images, shape = self._dataset.train.images, self._dataset.shape
         self._check_enough(len(images))
         where = hosts.replicated(self._mesh)
-        self._program = run.build(settings, len(images), images.shape[1], where)
+        self._program = run.build(settings, len(images), *shape, sharding=where)
         description = run.write_description(
             experiment, settings, self._dataset, description
         )
@@ -236,7 +236,7 @@ class Trainer:
             "train": train[rows_of(order, num_epochs - 1, last)[:5]],
             "test": last_test_batch[:10],
         }
-        pictures = {
+        pictures: dict[str, Any] = {
             name: images.reshape(-1, *self._dataset.shape)
             for name, images in chosen.items()
         }
@@ -389,8 +389,7 @@ class Trainer:
         params = hosts.local(state.params)
         dead = 0.0
         if hosts.is_first():
-            codes = run.in_blocks(self._program.encode, params, images)
-            dead = float(evaluate.dead_units(codes).sum())
+            dead = float(run.dead_units(self._program.encode, params, images).sum())
         means = {name: float(values.mean()) for name, values in metrics.items()}
         row = {
             "epoch": step // self._program.steps_per_epoch,
@@ -430,10 +429,12 @@ class Trainer:
         name = self.config.train.loss
         mean = 0.0
         if hosts.is_first():
-            recon = run.in_blocks(self._program.reconstruct, params, images)
-            target = run.scale(images, recon.dtype)
-            per_example = losses.LOSSES[name](*map(jnp.asarray, (recon, target)))
-            mean = float(np.asarray(per_example).mean(dtype=np.float64))
+            blocks = run.each_block(self._program.reconstruct, params, images)
+            per_example = [
+                np.asarray(losses.LOSSES[name](jnp.asarray(recon), jnp.asarray(target)))
+                for target, recon in blocks
+            ]
+            mean = float(np.concatenate(per_example).mean(dtype=np.float64))
         mean = hosts.from_first(mean)
         if not np.isfinite(mean):
             raise self._diverged(step, f"val/{name} {mean:g}")

@@ -367,7 +367,8 @@ MINI_EPOCHS = 3
 def mini_images(pair: Pair) -> UInt8[np.ndarray, "N D"]:
     """Training images of three and a half batches: the last one is short."""
     size = pair.config.train.batch_size
-    return pair.dataset.train.images[: 3 * size + size // 2]
+    images: np.ndarray = pair.dataset.train.images[: 3 * size + size // 2]
+    return images
 
 
 def follow(pair: Pair, images: UInt8[np.ndarray, "N D"], num_epochs: int) -> list[Row]:

@@ -9,12 +9,15 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +27,14 @@ from typing import Any, Literal
 import numpy as np
 
 from ae_jax import cli, config, records
-from ae_jax.config import Config, DataConfig, EnsembleConfig, ModelConfig, TrainConfig
+from ae_jax.config import (
+    Config,
+    DataConfig,
+    EnsembleConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, Any]
@@ -41,6 +51,9 @@ class Sizes:
     widths: tuple[int, ...]
     seeds: tuple[int, ...]
     images: tuple[int, ...]
+    streamed: tuple[int, ...]
+    devices: tuple[int, ...]
+    hundredfold: tuple[int, int]
     turn_s: float = 0.5
 
 
@@ -53,6 +66,9 @@ PRESETS = {
         widths=(1, 2, 4, 8, 16),
         seeds=(1, 2, 4, 8, 16, 32, 64),
         images=(10_000, 30_000, 100_000, 300_000, 1_000_000),
+        streamed=(10_000, 30_000, 100_000, 300_000, 1_000_000),
+        devices=(1, 2, 4),
+        hundredfold=(60_000, 6_000_000),
     ),
     "quick": Sizes(
         rounds=3,
@@ -62,6 +78,9 @@ PRESETS = {
         widths=(1, 4),
         seeds=(1, 8),
         images=(10_000, 100_000),
+        streamed=(10_000, 100_000),
+        devices=(1, 2),
+        hundredfold=(600, 60_000),
     ),
 }
 
@@ -116,6 +135,8 @@ def measure(sizes: Sizes, data_config: DataConfig) -> Row:
         found |= measure_commands(sizes, data_config)
     with part("scaling"):
         found["scaling"] = measure_scaling(sizes, dataset.train.images)
+    with part("streams"):
+        found["streams"] = measure_streams(sizes, dataset.train.images)
     return found | {"headline": conclude(found)}
 
 
@@ -270,21 +291,36 @@ def measure_epochs(sizes: Sizes, dataset: Any, per_epoch: int) -> Row:
     return {"epoch_s": rounds, "torch_threads": threads, "torch_missing": failed}
 
 
-def our_runner(settings: Config, images: np.ndarray) -> Callable[[int], None]:
-    """Our train chunk over these images, warmed up; its weights are of no account."""
+def our_runner(settings: Config, images: Any) -> Callable[[int], None]:
+    """Our training on these images, warmed up; its weights are of no account."""
     import jax
 
-    from ae_jax import run
-    from ae_jax.train import Purpose, key_for, make_runner, make_train_chunk
+    from ae_jax import checkpoint, hosts, run
+    from ae_jax.feed import InMemory, Stream
+    from ae_jax.train import Purpose, key_for
 
-    program = run.build(settings, *images.shape)
-    key = key_for(0, Purpose.SHUFFLE)
-    runner = make_runner(
-        make_train_chunk(program.train_step),
-        made_up(program.init),
-        jax.device_put(images),
-        program.order(key, 0),
+    train, key = settings.train, key_for(0, Purpose.SHUFFLE)
+    mesh = hosts.make_mesh(settings.mesh.data, train.batch_size)
+    where = hosts.replicated(mesh)
+    program = run.build(settings, len(images), images.shape[1], sharding=where)
+    feed = (
+        Stream(images, key, train.batch_size, train.num_epochs, mesh)
+        if settings.data.streaming
+        else InMemory(images, program.order, key, mesh)
     )
+    feed.lower(program.train_step, checkpoint.abstract_like(program.init, where))
+    feed.compile()
+    state, step = jax.device_put(made_up(program.init), where), 0
+    per_epoch = program.steps_per_epoch
+
+    def runner(num_steps: int) -> None:
+        nonlocal state, step
+        end = step + num_steps
+        while step < end:
+            stop = min(end, (step // per_epoch + 1) * per_epoch)
+            state, step = feed.advance(state, step, stop), stop
+        jax.block_until_ready(state)
+
     runner(2)
     return runner
 
@@ -383,7 +419,10 @@ def measure_parts(run_dir: Path, data_config: DataConfig) -> dict[str, float]:
 
 def measure_scaling(sizes: Sizes, images: np.ndarray) -> dict[str, list[Row]]:
     """Seconds of a step or an image as one size grows; ``ideal`` from the first on."""
-    found: dict[str, list[Row]] = {"batch": [], "width": [], "seeds": [], "images": []}
+    from ae_jax import data
+
+    names = ("batch", "width", "seeds", "images", "streamed")
+    found: dict[str, list[Row]] = {name: [] for name in names}
     turn_s = sizes.turn_s
     for batch in sizes.batches:
         settings = Config(train=TrainConfig(batch_size=batch))
@@ -403,6 +442,14 @@ def measure_scaling(sizes: Sizes, images: np.ndarray) -> dict[str, list[Row]]:
         many = np.resize(images, (count, images.shape[1]))
         y = step_s(Config(), many, turn_s) / TrainConfig.batch_size
         found["images"].append({"x": count, "y": y})
+    with tempfile.TemporaryDirectory(prefix="ae_jax-benchmark-") as place:
+        for count in sizes.streamed:
+            source = on_disk(images, count, Path(place) / f"{count}.npz")
+            settings = Config(data=source, train=TrainConfig(num_epochs=10**6))
+            many = data.load(source).train.images
+            y = step_s(settings, many, turn_s) / TrainConfig.batch_size
+            found["streamed"].append({"x": count, "y": y})
+    found["devices"] = measure_devices(sizes)
     for rows in found.values():
         for row in rows:
             share = row.get("work", 1) / rows[0].get("work", 1)
@@ -410,7 +457,83 @@ def measure_scaling(sizes: Sizes, images: np.ndarray) -> dict[str, list[Row]]:
     return found
 
 
-def step_s(settings: Config, images: np.ndarray, turn_s: float) -> float:
+def on_disk(images: np.ndarray, count: int, path: Path) -> DataConfig:
+    """So many images in a file, written block by block, to be streamed from it."""
+    side = round(images.shape[1] ** 0.5)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, size in (("train_images", count), ("test_images", 1000)):
+            header = {"descr": "|u1", "fortran_order": False}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                shape = {"shape": (size, side, side)}
+                np.lib.format.write_array_header_2_0(file, header | shape)
+                for start in range(0, size, len(images)):
+                    file.write(images[: size - start].tobytes())
+    return DataConfig(name="npz", source=path, streaming=True)
+
+
+def measure_streams(sizes: Sizes, images: np.ndarray) -> list[Row]:
+    """An epoch of two streams, one a hundred times longer, each a run of its own."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="ae_jax-benchmark-") as place:
+        for count in sizes.hundredfold:
+            folder = Path(place)
+            source = on_disk(images, count, folder / "images.npz")
+            command = ["-m", "experiments.tutorial", "--data.name", "npz"]
+            command += ["--data.source", str(source.source), "--data.streaming"]
+            command += ["--train.num-epochs", "1", "--run-dir", str(folder / "run")]
+            wall_s = command_s(command, dict(os.environ))
+            epoch = records.read_rows(folder / "run")[0]
+            summary = records.read_json(folder / "run" / "summary.json")
+            peak = summary["peak_memory_bytes"]
+            rows.append(
+                {
+                    "images": count,
+                    "peak_memory_bytes": peak,
+                    "images_per_s": epoch["images_per_s"],
+                    "command_s": wall_s,
+                }
+            )
+            shutil.rmtree(folder / "run")
+    return rows
+
+
+def measure_devices(sizes: Sizes) -> list[Row]:
+    """Seconds of a step that devices share, in a process of its own.
+
+    On CPU the devices are virtual: they share the cores.
+    """
+    code = "import sys; from scripts import benchmark; benchmark.tell_devices({}, {})"
+    flags = f"--xla_force_host_platform_device_count={max(sizes.devices)}"
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(sizes.devices, sizes.turn_s)],
+        cwd=ROOT,
+        env={**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    rows: list[Row] = json.loads(done.stdout)
+    return rows
+
+
+def tell_devices(counts: tuple[int, ...], turn_s: float) -> None:
+    """Print what :func:`measure_devices` returns."""
+    import jax
+
+    virtual = jax.devices()[0].platform == "cpu"
+    images = np.random.default_rng(0).integers(0, 256, (60_000, 784)).astype(np.uint8)
+    rows = []
+    for count in counts:
+        if count <= len(jax.devices()):
+            settings = Config(
+                mesh=MeshConfig(count), train=TrainConfig(batch_size=8192)
+            )
+            y = step_s(settings, images, turn_s) / 8192
+            rows.append({"x": count, "y": y, "work": 1 / count, "virtual": virtual})
+    print(json.dumps(rows))
+
+
+def step_s(settings: Config, images: Any, turn_s: float) -> float:
     """Seconds of a step."""
     return steady_s(our_runner(settings, images), turn_s)
 
@@ -511,11 +634,17 @@ def table(found: Row) -> str:
         + ", ".join(f"{name} {s:.2f} s" for name, s in found["parts_s"].items()),
         "",
     ]
-    units = {"width": "a step", "batch": "an image", "seeds": "a seed's step"}
+    units = {"width": "a step", "seeds": "a seed's step"}
     for name, rows in found["scaling"].items():
         cells = (f"{row['x']:,}: {row['y'] * 1e6:,.1f}" for row in rows)
         unit = units.get(name, "an image")
         lines.append(f"{name}, µs {unit}: {'; '.join(cells)}")
+    lines += [
+        f"an epoch streamed from {row['images']:,} images: "
+        f"{row['peak_memory_bytes'] / 2**20:.0f} MiB, "
+        f"{row['images_per_s']:,.0f} images a second"
+        for row in found["streams"]
+    ]
     return "\n".join(lines)
 
 
@@ -528,6 +657,8 @@ def draw(found: Row, path: Path) -> Path:
         "width": "s a step, by times the width",
         "seeds": "s a seed's step, by seeds in one program",
         "images": "s an image, by images in memory",
+        "streamed": "s an image, by images streamed from disk",
+        "devices": "s an image, by devices (virtual ones on CPU), batch 8,192",
     }
     panels = {labels[name]: rows for name, rows in found["scaling"].items()}
     figures.save(figures.scaling(panels), path)
@@ -535,7 +666,7 @@ def draw(found: Row, path: Path) -> Path:
 
 
 def write_result(found: Row) -> None:
-    """Keep the outcome as experiments/results/benchmark.json."""
+    """Keep the outcome as experiments/results/benchmark.json and scaling.json."""
     rows = []
     for name in found["epoch_s"][0]:
         times = [row[name] for row in found["epoch_s"]]
@@ -548,13 +679,32 @@ def write_result(found: Row) -> None:
                 "ratio": ratio(found, name),
             }
         )
+    results = ROOT / "experiments" / "results"
     records.write_result(
-        ROOT / "experiments" / "results" / "benchmark.json",
+        results / "benchmark.json",
         experiment="benchmark",
         accelerator=found["accelerator"],
         seeds=[0],
         headline=found["headline"],
         table=rows,
+    )
+    streamed, resident = (found["scaling"][name][-1] for name in ("streamed", "images"))
+    short, long = found["streams"]
+    records.write_result(
+        results / "scaling.json",
+        experiment="benchmark",
+        accelerator=found["accelerator"],
+        seeds=[0],
+        headline={
+            "streamed_ratio": streamed["y"] / resident["y"],
+            "hundredfold_memory_ratio": long["peak_memory_bytes"]
+            / short["peak_memory_bytes"],
+            "hundredfold_time_ratio": short["images_per_s"] / long["images_per_s"],
+        },
+        table=[
+            *({"what": "devices", **row} for row in found["scaling"]["devices"]),
+            *({"what": "stream", **row} for row in found["streams"]),
+        ],
     )
 
 

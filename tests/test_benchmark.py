@@ -25,6 +25,9 @@ TINY = benchmark.Sizes(
     widths=(1, 2),
     seeds=(1, 2),
     images=(500, 1000),
+    streamed=(500, 1000),
+    devices=(1, 2),
+    hundredfold=(100, 1000),
     turn_s=0.01,
 )
 
@@ -65,7 +68,8 @@ def found():
 def test_it_measures_all_that_the_table_and_the_headline_show(found, tmp_path):
     shown = benchmark.table(found)
     for words in ("ours, a call each step", "PyTorch, item_by_item", "the limit",
-                  "first step", "whole job of 1 epochs", "seeds, µs"):  # fmt: skip
+                  "first step", "whole job of 1 epochs", "seeds, µs", "streamed, µs",
+                  "devices, µs", "an epoch streamed from 1,000 images"):  # fmt: skip
         assert words in shown
     assert set(found["headline"]) >= {
         "share_of_limit", "speed_ratio_best", "speed_ratio_item_by_item",

@@ -85,6 +85,22 @@ def test_ssim_is_that_of_scikit_image(seed, shape):
     np.testing.assert_allclose(evaluate.ssim(recon, target), theirs, rtol=0, atol=1e-12)
 
 
+def test_ssim_in_colour_is_scikit_images_mean_over_the_channels():
+    recon, target = make_pair(2, 3, 17 * 13 * 3)
+    recon, target = recon.reshape(-1, 17, 13, 3), target.reshape(-1, 17, 13, 3)
+    theirs = [
+        structural_similarity(
+            *(x, y),
+            gaussian_weights=True,
+            use_sample_covariance=False,
+            data_range=1,
+            channel_axis=-1,
+        )
+        for x, y in zip(recon, target, strict=True)
+    ]
+    np.testing.assert_allclose(evaluate.ssim(recon, target), theirs, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("shape", "window"),
     [((28, 28), 11), ((10, 10), 9), ((8, 8), 7), ((9, 5), 5), ((2, 3), 1)],
@@ -264,6 +280,17 @@ def test_pca_of_one_image_predicts_it(digits):
     alike = train[:1].repeat(5, axis=0)
     mean = evaluate.mean_image_mse(alike, test)
     assert evaluate.pca_mse(alike, test, num_components=3) == mean
+
+
+def test_pca_of_more_pixels_than_a_matrix_should_have_is_near_the_exact_one(
+    digits, monkeypatch
+):
+    exact = [evaluate.pca_mse(*digits, num_components=k) for k in (1, 3, 12)]
+    monkeypatch.setattr(evaluate, "DENSE", 63)
+    near = [evaluate.pca_mse(*digits, num_components=k) for k in (1, 3, 12)]
+    assert near == pytest.approx(exact, rel=1e-4)
+    assert near != exact  # it took the other way
+    assert evaluate.pca_mse(*digits, num_components=3) == near[1]
 
 
 def test_pca_without_components_is_refused(digits):

@@ -142,6 +142,39 @@ def test_each_pixel_is_a_sharp_square_of_its_own_grey(side, tmp_path):
         np.testing.assert_allclose(place, np.kron(image, square), atol=1)
 
 
+@pytest.mark.parametrize("shape", [(8, 28), (28, 8), (1, 50), (32, 32), (200, 100)])
+def test_an_image_keeps_its_proportions_in_the_middle_of_its_cell(shape, tmp_path):
+    white = np.full((1, *shape), 1.0)
+    figure = figures.samples(white)
+    (axes,) = figure.axes
+    # What is drawn is all of the image, one pixel of it as wide as high.
+    assert axes.get_xlim() == (-0.5, shape[1] - 0.5)
+    assert axes.get_ylim() == (shape[0] - 0.5, -0.5)
+    (left, bottom), (right, top) = np.round(axes.bbox.get_points()).astype(int)
+    height, width = top - bottom, right - left
+    assert max(height, width) > figures.SIDE * 0.85
+    assert height / width == pytest.approx(shape[0] / shape[1], rel=0.02)
+    assert abs(left - (figures.CELL - right)) <= 1
+    assert abs(bottom - (figures.CELL - top)) <= 1
+
+
+@pytest.mark.parametrize("white", [255, 1.0])
+def test_colour_is_drawn_as_colour(white, tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 12, 12, 3), np.uint8)
+    drawn = images if white == 255 else images / 255
+    if white == 1.0:
+        drawn[0, 0, 0] = [1.5, -0.5, 0.5]  # clipped, not wrapped
+        images[0, 0, 0] = [255, 0, 127]
+    figures.save(figures.samples(drawn), tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as picture:
+        found = np.asarray(picture.convert("RGB"))
+    margin, factor = (figures.CELL - figures.SIDE) // 2, figures.SIDE // 12
+    place = found[margin : margin + figures.SIDE, margin : margin + figures.SIDE]
+    expected = images[0].repeat(factor, axis=0).repeat(factor, axis=1)
+    np.testing.assert_allclose(place.astype(int), expected.astype(int), atol=1)
+
+
 def test_floats_and_bytes_of_the_same_image_look_the_same(tmp_path):
     as_bytes = pixels_of(figures.samples(DIGITS[:4]), tmp_path / "bytes.png")
     as_floats = pixels_of(figures.samples(DIGITS[:4] / 255), tmp_path / "floats.png")

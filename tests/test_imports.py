@@ -12,11 +12,12 @@ from conftest import ROOT
 MAP = {
     "config": set(),
     "cli": {"config"},
-    "models": set(),
+    "models": {"config"},
     "losses": {"models"},
     "figures": set(),
-    "evaluate": set(),
-    "data": {"config"},
+    "images": {"config"},
+    "evaluate": {"images"},
+    "data": {"config", "images"},
     "hosts": {"config"},
     "train": {"config", "hosts", "losses"},
     "feed": {"hosts", "train"},
@@ -26,7 +27,8 @@ MAP = {
     "parity": {"interop"},
     "report": {"figures", "parity"},
     "run": {
-        "checkpoint", "config", "data", "evaluate", "figures", "hosts", "losses",
+        "checkpoint", "config", "data", "evaluate", "figures", "hosts", "images",
+        "losses",
         "models", "records", "train",
     },
     "trainer": {
@@ -50,6 +52,7 @@ NUMPY_ONLY = {
     "config",
     "cli",
     "figures",
+    "images",
     "evaluate",
     "data",
     "records",

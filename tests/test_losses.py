@@ -43,7 +43,7 @@ def test_loss_and_gradient_are_finite_at_the_ends_of_the_pixel_range(name):
 
 
 def test_objective_is_the_loss_of_the_models_reconstruction(name):
-    model = Autoencoder(12, (5,), 2)
+    model = Autoencoder((12,), (5,), 2)
     params = jax.jit(model.init)(jax.random.key(0), TARGET)["params"]
     objective = make_reconstruction(model, LOSSES[name])
     per_example, metrics = objective(params, TARGET, jax.random.key(0))
@@ -58,7 +58,7 @@ def test_gradient_of_relu_at_zero_is_zero_as_in_torch():
     # jnp.maximum(x, 0) would pass on half of it, and every other test. Black images
     # and zero biases bring every unit to exactly zero.
     black = jnp.zeros((7, 4))
-    model = Autoencoder(4, (3,), 2)
+    model = Autoencoder((4,), (3,), 2)
     params = jax.jit(model.init)(jax.random.key(0), black)["params"]
     for layer in params.values():
         layer["bias"] = jnp.zeros_like(layer["bias"])

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,11 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ae_jax.config import UserError
 from ae_jax.models import (
     ACTIVATIONS,
     MODELS,
     Autoencoder,
+    ConvAutoencoder,
+    double,
     draw_together,
+    halve,
     uniform_within,
 )
 
@@ -26,7 +31,7 @@ def images(count, num_pixels):
 
 @pytest.fixture(params=MODELS, ids=str)
 def model(request):
-    return MODELS[request.param](num_pixels=20, hidden=(8, 6), code_width=4)
+    return MODELS[request.param](shape=(5, 4), hidden=(8, 6), code_width=4)
 
 
 def test_encode_then_decode_equals_call(model):
@@ -57,7 +62,7 @@ def test_jit_changes_nothing_but_rounding(model):
 
 
 def test_the_tutorials_network_is_the_default():
-    params = params_of(Autoencoder(num_pixels=784), 784)
+    params = params_of(Autoencoder(shape=(784,)), 784)
     shapes = {name: layer["kernel"].shape for name, layer in params.items()}
     assert shapes == {
         "encoder_0": (784, 128),
@@ -72,7 +77,7 @@ def test_the_tutorials_network_is_the_default():
 
 
 def test_forward_pass_equals_a_numpy_rewrite():
-    model = Autoencoder(num_pixels=20, hidden=(8, 6), code_width=4)
+    model = Autoencoder(shape=(20,), hidden=(8, 6), code_width=4)
     params, x = params_of(model, 20), images(5, 20)
     h = np.asarray(x, np.float64)
     for half in ("encoder", "decoder"):
@@ -92,7 +97,7 @@ def test_forward_pass_equals_a_numpy_rewrite():
 def test_code_activation_is_the_one_asked_for(activation, expected):
     x = jnp.array([-1.0, 2.0])
     np.testing.assert_allclose(ACTIVATIONS[activation](x), expected)
-    model = Autoencoder(20, (8,), 4, code_activation=activation)
+    model = Autoencoder((20,), (8,), 4, code_activation=activation)
     codes = model.apply(
         {"params": params_of(model, 20)}, images(50, 20), method="encode"
     )
@@ -114,10 +119,11 @@ def test_torch_init_fills_its_bounds_uniformly(fan_in):
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_parameters_drawn_together_are_those_drawn_apart(initializer, dtype):
     jax.config.update("jax_enable_x64", dtype == "float64")
-    model = Autoencoder(784, initializer=initializer, param_dtype=jnp.dtype(dtype))
+    param_dtype = jnp.dtype(dtype)
+    model = Autoencoder((64,), (9,), initializer=initializer, param_dtype=param_dtype)
 
     def init(key):
-        return model.init(key, jnp.zeros((1, 784), dtype))["params"]
+        return model.init(key, jnp.zeros((1, 64), dtype))["params"]
 
     keys = jax.random.split(jax.random.key(2), 2)
     apart = jax.jit(jax.vmap(init))(keys)
@@ -125,7 +131,7 @@ def test_parameters_drawn_together_are_those_drawn_apart(initializer, dtype):
     assert jax.tree.leaves(together)[0].dtype == dtype
     jax.tree.map(np.testing.assert_array_equal, together, apart)
     # What is noted within is made outside again.
-    assert bool(init(keys[0])["encoder_0"]["bias"].any()) == (initializer == "torch")
+    assert uniform_within(1.0)(KEY, (3,), param_dtype).any()
 
 
 @pytest.mark.parametrize(
@@ -133,15 +139,106 @@ def test_parameters_drawn_together_are_those_drawn_apart(initializer, dtype):
     [("torch", False, 1 / 3), ("flax", True, 1), ("he", True, 2)],
 )
 def test_initialiser_is_the_one_asked_for(initializer, zero_bias, variance):
-    params = params_of(Autoencoder(784, initializer=initializer), 784)
+    params = params_of(Autoencoder((784,), initializer=initializer), 784)
     kernel, bias = params["encoder_0"]["kernel"], params["encoder_0"]["bias"]
     assert bool((bias == 0).all()) == zero_bias
     np.testing.assert_allclose(np.var(kernel), variance / 784, rtol=0.05)
 
 
-def test_in_bfloat16_codes_and_pixels_come_out_in_float32_and_near():
+def test_a_convolution_halves_and_its_transpose_doubles_as_jaxs_own_do():
+    rng = np.random.default_rng(0)
+    for height in range(1, 8):
+        x = jnp.asarray(rng.random((2, height, 6, 3)), jnp.float32)
+        kernel = jnp.asarray(rng.random((3, 3, 3, 5)), jnp.float32)
+        down = jax.lax.conv_general_dilated(
+            *(x, kernel, (2, 2), "SAME"), dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        np.testing.assert_allclose(halve(x, kernel), down, rtol=1e-5)
+        up = jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
+        np.testing.assert_allclose(double(x, kernel), up, rtol=1e-5)
+
+
+SHAPES = [(7, 5, 3), (1, 9)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_conv_takes_images_of_any_size_and_equals_flaxs_own_layers(shape):
+    model = ConvAutoencoder(shape, (4, 6, 5), 7, code_activation="none")
+    num_pixels = int(np.prod(shape))
+    params, x = params_of(model, num_pixels), images(3, num_pixels)
+
+    def by_flax(params, x):
+        def apply(layer, name, x):
+            return layer.apply({"params": params[name]}, x)
+
+        h, sizes = x.reshape(3, *(*shape, 1)[:3]), []
+        for i, width in enumerate((4, 6, 5)):
+            sizes.append(h.shape)
+            h = nn.relu(apply(nn.Conv(width, (3, 3), (2, 2)), f"encoder_{i}", h))
+        left = h.shape
+        code = apply(nn.Dense(7), "encoder_3", h.reshape(3, -1))
+        h = apply(nn.Dense(np.prod(left[1:])), "decoder_0", code).reshape(left)
+        for i, size in enumerate(reversed(sizes), start=1):
+            layer = nn.ConvTranspose(size[3], (3, 3), (2, 2))
+            h = apply(layer, f"decoder_{i}", nn.relu(h))[:, : size[1], : size[2]]
+        return code, nn.sigmoid(h).reshape(3, num_pixels)
+
+    def ours(params, x):
+        code = model.apply({"params": params}, x, method="encode")
+        return code, model.apply({"params": params}, code, method="decode")
+
+    for found, expected in zip(
+        jax.jit(ours)(params, x), jax.jit(by_flax)(params, x), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_conv_begins_within_the_bounds_of_pytorchs_layers():
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    params = params_of(ConvAutoencoder((16, 16, 3), (8, 32), 9), 16 * 16 * 3)
+    theirs = {
+        "encoder_0": torch.nn.Conv2d(3, 8, 3),
+        "encoder_1": torch.nn.Conv2d(8, 32, 3),
+        "encoder_2": torch.nn.Linear(512, 9),
+        "decoder_0": torch.nn.Linear(9, 512),
+        "decoder_1": torch.nn.ConvTranspose2d(32, 8, 3),
+        "decoder_2": torch.nn.ConvTranspose2d(8, 3, 3),
+    }
+    assert set(params) == set(theirs)
+    for name, layer in theirs.items():
+        ours = params[name]["kernel"]
+        weight = layer.weight.detach().numpy()
+        assert ours.size == weight.size
+        np.testing.assert_allclose(np.abs(ours).max(), np.abs(weight).max(), rtol=0.05)
+        np.testing.assert_allclose(np.std(ours), weight.std(), rtol=0.15)
+        # The bias has few values: they lie within the kernel's bound, and fill it.
+        most = np.abs(params[name]["bias"]).max() / np.abs(weight).max()
+        assert 0.2 < most < 1.02
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "told"),
+    [
+        ((64,), (4,), r"model\.name: conv needs images of a height and a width"),
+        ((8, 8), (4,) * 4, r"model\.hidden: 4 stages.*8×8 pixels; at most 3"),
+        ((9, 2, 3), (4,) * 5, "9×2 pixels; at most 4"),
+        ((1, 1), (4,), "at most 0"),
+    ],
+)
+def test_images_too_small_for_the_stages_are_refused(shape, hidden, told):
+    with pytest.raises(UserError, match=told):
+        ConvAutoencoder(shape, hidden)
+    fitting = hidden[: (max(shape[:2]) - 1).bit_length()]
+    if len(shape) > 1:
+        num_pixels = int(np.prod(shape))
+        params_of(ConvAutoencoder(shape, fitting, 2), num_pixels)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_in_bfloat16_codes_and_pixels_come_out_in_float32_and_near(kind):
     fine, coarse = (
-        Autoencoder(20, (8,), 4, code_activation="none", dtype=jnp.dtype(dtype))
+        MODELS[kind]((5, 4), (8,), 4, code_activation="none", dtype=jnp.dtype(dtype))
         for dtype in ("float32", "bfloat16")
     )
     params, x = params_of(fine, 20), jax.random.uniform(KEY, (64, 20))
@@ -153,10 +250,11 @@ def test_in_bfloat16_codes_and_pixels_come_out_in_float32_and_near():
     assert code.dtype == jnp.float32
 
 
-def test_double_precision_reaches_every_parameter():
+@pytest.mark.parametrize("kind", MODELS)
+def test_double_precision_reaches_every_parameter(kind):
     jax.config.update("jax_enable_x64", True)
     double = jnp.dtype("float64")
-    model = Autoencoder(20, (8,), 4, dtype=double, param_dtype=double)
+    model = MODELS[kind]((5, 4), (8,), 4, dtype=double, param_dtype=double)
     params = params_of(model, 20)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float64"}
     recon = model.apply({"params": params}, jnp.zeros((1, 20)))

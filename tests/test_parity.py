@@ -237,7 +237,7 @@ def initial_weights(initializer, num_seeds):
 
 @functools.cache
 def jitted_init(initializer):
-    model = Autoencoder(784, initializer=initializer)
+    model = Autoencoder((784,), initializer=initializer)
     return jax.jit(lambda key: model.init(key, jnp.zeros((1, 784))))
 
 

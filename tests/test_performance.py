@@ -126,7 +126,7 @@ found = []
 for count in (1, 2, 4):
     mesh = hosts.make_mesh(count, 64)
     where = hosts.replicated(mesh)
-    program = run.build(Config(), 200, 784, where)
+    program = run.build(Config(), 200, 784, sharding=where)
     key = key_for(0, Purpose.SHUFFLE)
     made = feed.InMemory(np.zeros((200, 784), np.uint8), program.order, key, mesh)
     state = checkpoint.abstract_like(program.init, where)
