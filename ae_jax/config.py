@@ -247,6 +247,8 @@ class EnsembleConfig(Config):
             )
         if self.train.patience:
             raise ValueError("train.patience: stops single runs; leave it out here")
+        if self.data.streaming:
+            raise ValueError("data.streaming: many seeds have all images in memory")
 
 
 @runtime_checkable

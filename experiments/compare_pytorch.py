@@ -25,6 +25,7 @@ NAME = "compare_pytorch"
 
 TUTORIAL = {
     "data.num_validation": 0,
+    "data.streaming": False,
     "model.name": "autoencoder",
     "model.code_activation": "relu",
     "model.init": "torch",

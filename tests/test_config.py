@@ -101,6 +101,17 @@ def test_a_value_out_of_range_is_refused_by_its_name(part, name, value):
         part(**{name: value})
 
 
+def test_a_choice_among_numbers_is_of_their_type():
+    for value in (True, 1.0, "1", [1]):
+        with pytest.raises(UserError, match=r"channels: must be one of 1, 3"):
+            config.from_json(DataConfig, {"name": "folder", "channels": value})
+
+
+def test_what_trains_in_memory_alone_refuses_to_stream():
+    with pytest.raises(ValueError, match=r"data\.streaming: "):
+        config.EnsembleConfig(data=DataConfig(streaming=True))
+
+
 def test_patience_needs_held_out_images():
     with pytest.raises(ValueError, match="needs a held-out part"):
         Config(train=TrainConfig(patience=2))
