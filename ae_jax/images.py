@@ -605,7 +605,8 @@ def _flatten(image: "Image.Image") -> "Image.Image":
 
     if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off
         deep = np.minimum(np.asarray(image).astype(np.uint32), 65535)
-        image = Image.fromarray(np.round(deep / 257).astype(np.uint8))
+        clear = deep == image.info.get("transparency", -1)
+        image = Image.fromarray(np.where(clear, 255, np.round(deep / 257)).astype("u1"))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

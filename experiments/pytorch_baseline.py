@@ -56,6 +56,10 @@ class Config:
     train: Train = field(default_factory=Train)
     figures: FiguresConfig = field(default_factory=FiguresConfig)
 
+    def __post_init__(self) -> None:
+        if self.data.streaming:
+            raise ValueError("data.streaming: PyTorch's side has all in memory")
+
 
 NAME = "pytorch_baseline"
 

@@ -101,6 +101,25 @@ def test_a_value_out_of_range_is_refused_by_its_name(part, name, value):
         part(**{name: value})
 
 
+def test_a_choice_among_numbers_is_of_their_type():
+    for value in (True, 1.0, "1", [1]):
+        with pytest.raises(UserError, match=r"channels: must be one of 1, 3"):
+            config.from_json(DataConfig, {"name": "folder", "channels": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (r"data\.streaming", {"data": DataConfig(streaming=True)}),
+        (r"mesh\.data", {"mesh": config.MeshConfig(2)}),
+        ("distributed", {"distributed": True}),
+    ],
+)
+def test_many_seeds_refuse_what_is_for_single_runs(name, options):
+    with pytest.raises(ValueError, match=f"^{name}: for single runs"):
+        config.EnsembleConfig(**options)
+
+
 def test_patience_needs_held_out_images():
     with pytest.raises(ValueError, match="needs a held-out part"):
         Config(train=TrainConfig(patience=2))

@@ -9,14 +9,16 @@ import sys
 import tempfile
 import threading
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_commands import command
 
-from ae_jax import data, evaluate, images
+from ae_jax import data, evaluate, images, records, run
 from ae_jax.config import DataConfig, UserError
 from ae_jax.images import Rows
 
@@ -66,8 +68,8 @@ def about(path, field):
         return getattr(picture, field)
 
 
-def png16(pixels):
-    """A PNG of 16 bits of grey, made by hand."""
+def png16(pixels, clear=None):
+    """A PNG of 16 bits of grey, made by hand; one level may be transparent."""
     height, width = pixels.shape
 
     def chunk(kind, body):
@@ -76,7 +78,10 @@ def png16(pixels):
 
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
-    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows))
+    parts = chunk(b"IHDR", header)
+    if clear is not None:
+        parts += chunk(b"tRNS", struct.pack(">H", clear))
+    parts += chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + parts + chunk(b"IEND", b"")
 
 
@@ -99,6 +104,11 @@ def test_sixteen_bits_are_scaled_to_eight(folder):
     (folder / "deep.png").write_bytes(png16(deep))
     found = decoded(folder, folder / "deep.png", 1)
     np.testing.assert_array_equal(found, np.round(deep / 257))
+    (folder / "clear.png").write_bytes(png16(deep, clear=32768))
+    found = decoded(folder, folder / "clear.png", 1)
+    np.testing.assert_array_equal(
+        found, np.where(deep == 32768, 255, np.round(deep / 257))
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -250,6 +260,16 @@ def test_odd_files_are_passed_over_and_odd_names_are_not(folder, capfd):
     assert sorted(levels(dataset.train) + levels(dataset.test)) == list(range(10))
     told = capfd.readouterr().err
     assert told == f"preparing 10 pictures of {folder} (once) …\n"
+
+
+def test_a_camera_picture_of_two_views_and_garbled_exif_data_are_read(folder):
+    view = Image.fromarray(noise(8, 8, 3))
+    view.save(folder / "plain.jpg")
+    view.save(folder / "views.jpg", "MPO", save_all=True, append_images=[view])
+    view.save(folder / "exif.jpg", exif=b"Exif\0\0garbage")
+    dataset = data.load(folder_config(folder, channels=3))
+    found = np.concatenate([dataset.train.images, dataset.test.images])
+    assert (found == found[0]).all()
 
 
 def make_broken(folder):
@@ -695,6 +715,79 @@ def test_baselines_are_the_same_streamed(tmp_path):
         for found in (data.load(npz_config(path, streaming=s)) for s in (False, True))
     ]
     assert scores[0] == scores[1]
+
+
+# --- The commands
+
+
+def tutorial(place, *options):
+    small = ("--train.num-epochs", "2", "--train.batch-size", "8")
+    return command(
+        *("-m", "experiments.tutorial", "--run-dir", place / "run", *small),
+        *("--data.name", "folder", "--data.source", place / "pictures"),
+        *("--data.dir", place / "data", *options),
+    )
+
+
+def test_a_folder_in_colour_trains_the_convolutions_and_draws_in_colour(folder):
+    reddish = noise(40, 9, 12, 3) // 2 + np.array([127, 0, 0], np.uint8)
+    for i, pixels in enumerate(reddish):
+        Image.fromarray(pixels).save(folder / f"{i}.jpg")
+    place = folder.parent
+    options = (
+        *("--data.channels", "3", "--data.num-validation", "4"),
+        *("--model.name", "conv", "--model.hidden", "4", "8"),
+    )
+    done = tutorial(place, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("preparing 40 pictures")
+    summary = records.read_summary(place / "run")
+    for script in ("evaluate", "plot"):
+        again = command(ROOT / "scripts" / f"{script}.py", place / "run")
+        assert (again.returncode, again.stderr) == (0, "")
+        if script == "evaluate":
+            assert f"test/mse           {summary['test/mse']:.6g}" in again.stdout
+    for name in ("samples", "reconstructions_by_epoch", "test_reconstructions"):
+        with Image.open(place / "run" / "figures" / f"{name}.png") as figure:
+            red, _, blue = np.moveaxis(np.asarray(figure.convert("RGB"), int), 2, 0)
+        assert (red - blue).max() > 50
+    # Scores of images on disk are those of the same in memory, to the bit.
+    opened = run.open_run(place / "run")
+    streamed = replace(opened.config.data, streaming=True)
+    test = data.load(streamed).test
+    assert isinstance(test.images, Rows)
+    scores = run.score(opened, test, "test", (9, 12, 3))
+    assert scores.items() <= summary.items()
+
+    # What decides no bit may change when a run goes on, its pictures may not.
+    more = tutorial(
+        place, *options, "--train.num-epochs", "3", "--data.max-broken", "1"
+    )
+    assert more.returncode == 0, more.stderr
+    fill(folder, 1, shape=(9, 12))
+    other = tutorial(place, *options, "--train.num-epochs", "4")
+    assert other.returncode == 2
+    assert "trained on other data" in other.stderr.splitlines()[-1]
+    refused = command(ROOT / "scripts" / "convert.py", place / "run", place / "run.pt")
+    assert refused.returncode == 2
+    assert "a run of the model conv; only those of autoencoder" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--data.source", "nowhere"), "error: data.source: nowhere is not there"),
+        (("--data.name", "npz"), "is not an .npz file"),
+        (("--model.name", "conv"), "error: model.hidden: 3 stages"),
+    ],
+)
+def test_the_command_ends_in_one_line_and_leaves_no_run(folder, options, told):
+    fill(folder, 4, shape=(4, 4))
+    done = tutorial(folder.parent, *options)
+    assert done.returncode == 2
+    assert told in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not (folder.parent / "run").exists()
 
 
 # --- Options
