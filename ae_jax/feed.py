@@ -198,6 +198,8 @@ class Stream:
             epoch, in_epoch = divmod(step, self._per_epoch)
             i = in_epoch // self._length
             self._go_to(epoch * self._blocks_per_epoch + i)
+            # A call does not wait for its result: without this, blocks pile up.
+            jax.block_until_ready(state)
             end = epoch * self._per_epoch + (i + 1) * self._length
             step = min(stop, end)
             state = self._chunk(state, *self._block, step)

@@ -340,6 +340,10 @@ def scaling(panels: Mapping[str, Sequence[Mapping[str, int | float]]]) -> Figure
         x = [point["x"] for point in points]
         axes.plot(x, [point["ideal"] for point in points], "--", color="0.5", lw=1.5)
         axes.plot(x, [point["y"] for point in points], marker="o")
+        low, high = axes.get_ylim()
+        if high < 4 * low:  # what is flat shall look flat
+            middle = math.sqrt(low * high)
+            axes.set_ylim(middle / 2, 2 * middle)
     return figure
 
 
