@@ -161,8 +161,7 @@ def read_members(path: Path) -> dict[str, Member]:
     """What an .npz file holds, by name, from its headers alone.
 
     Raises:
-        UserError: it is no such file.
-        OSError: it cannot be opened.
+        UserError: it is no such file, or cannot be read.
     """
     with _opened(path) as file, zipfile.ZipFile(file) as archive:
         return {
@@ -176,8 +175,13 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with path.open("rb") as file:
             yield file
-    except (OSError, MemoryError, UserError):
+    except (MemoryError, UserError):
         raise
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror or error}; mend it, or choose "
+            "another"
+        ) from error
     except Exception as error:  # zipfile, zlib, struct and NumPy each raise their own
         raise UserError(
             f"{path}: damaged, or no .npz file ({error}); write it by np.savez"
@@ -235,8 +239,7 @@ def load_npz(config: DataConfig) -> tuple[list[Any], str]:
         same streamed.
 
     Raises:
-        UserError: the file is missing, or holds something else.
-        OSError: it cannot be opened.
+        UserError: the file is missing, cannot be read, or holds something else.
     """
     path = find_source(config, "an .npz file")
     members = read_members(path)
