@@ -193,9 +193,12 @@ def test_slurm_tells_who_the_others_are(tmp_path, alone):
     same_run(tmp_path / "run", alone)
 
 
-def test_without_a_cluster_it_asks_for_the_coordinator():
-    with pytest.raises(UserError, match=r"no cluster.* give --coordinator HOST:PORT"):
-        hosts.join(Config(distributed=True))
+def test_without_a_cluster_it_asks_for_the_coordinator(tmp_path):
+    process = start("--preset", "quick", "--distributed", "--run-dir", tmp_path / "run")
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "error: --distributed: no cluster to be found here" in told
+    assert "give --coordinator HOST:PORT" in told
 
 
 def test_a_port_that_is_taken_is_told():
@@ -239,3 +242,15 @@ def test_one_process_agrees_with_itself():
     assert hosts.from_first(0.1) == 0.1
     assert hosts.largest(15) == 15
     assert Config(mesh=MeshConfig(4), train=TrainConfig(batch_size=32))
+
+
+def test_more_processes_than_images_is_refused_by_all(tmp_path):
+    images = np.zeros((1, 8, 8), np.uint8)
+    np.savez(tmp_path / "one.npz", train_images=images, test_images=images)
+    options = ("--data.name", "npz", "--data.source", tmp_path / "one.npz")
+    processes = start_job(*options, "--run-dir", tmp_path / "run")
+    for process in processes:
+        told, _ = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "error: npz: 1 training images are too few for 2 processes" in told
+    assert not (tmp_path / "run" / "config.json").exists()
