@@ -278,12 +278,12 @@ class Ensemble:
             program.order(key_for(0, Purpose.SHUFFLE), 0),
         )
 
-        turns = range(num_rounds + 1)  # the first compiles
-        return [
+        turns = [
             records.stopwatch(together, num_steps)
-            / records.stopwatch(alone, size * num_steps)
-            for _ in turns
-        ][1:]
+            / (size * records.stopwatch(alone, num_steps))
+            for _ in range(num_rounds + 1)
+        ]
+        return turns[1:]  # the first compiles
 
     def summarise(self) -> Row:
         """Write summary.json: shares and scores of all seeds, with their intervals."""

@@ -4,8 +4,9 @@ Both answer two questions: which images make up a batch, a pure function of seed
 step; and how a state goes on to a later step. Neither has anything to save.
 """
 
+import abc
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Key, UInt8
 
 from ae_jax import hosts
+from ae_jax.config import Config
 from ae_jax.train import (
+    Purpose,
     TrainState,
     TrainStep,
+    key_for,
     make_train_chunk,
     rows_of_block,
     rows_of_split,
@@ -30,31 +34,31 @@ BLOCK_BYTES = 4 * 2**20
 blocks wait their turn."""
 
 
-@runtime_checkable
-class Feed(Protocol):
+class Feed(abc.ABC):
     """What both ways of feeding can do."""
 
     images: Any
     """The training split [N, D], read by rows; a split in memory is held but once."""
+    _lowered: jax.stages.Lowered
 
+    @abc.abstractmethod
     def rows_of(self, key: Key[Array, ""], epoch: int, batch: int) -> np.ndarray:
         """Row numbers of a batch's images, both counted from 0."""
-        ...
 
+    @abc.abstractmethod
     def lower(self, train_step: TrainStep, state: TrainState) -> None:
         """Trace the train chunk for states of this form."""
-        ...
 
     def compile(self) -> None:
         """Compile what was traced; this may go on in another thread."""
-        ...
+        self._chunk = self._lowered.compile()
 
+    @abc.abstractmethod
     def advance(self, state: TrainState, step: int, stop: int) -> TrainState:
         """Train from ``state.step``, which is ``step``, to ``stop`` in that epoch."""
-        ...
 
 
-class InMemory:
+class InMemory(Feed):
     """The whole split on each device, which picks the rows of its part of the batch.
 
     Args:
@@ -79,7 +83,8 @@ class InMemory:
 
     def rows_of(self, key: Key[Array, ""], epoch: int, batch: int) -> np.ndarray:
         """Row numbers of a batch's images, both counted from 0."""
-        rows = np.asarray(self._order_of(key, epoch)[batch])
+        # Picked on the host: on the device it would be a program of its own.
+        rows: np.ndarray = np.asarray(self._order_of(key, epoch))[batch]
         return rows[rows >= 0]
 
     def lower(self, train_step: TrainStep, state: TrainState) -> None:
@@ -88,10 +93,6 @@ class InMemory:
         order = order.update(sharding=hosts.shared(self._mesh))
         chunk = make_train_chunk(train_step, rows_of_split)
         self._lowered = chunk.lower(state, self._images, order, 0)
-
-    def compile(self) -> None:
-        """Compile what was traced; this may go on in another thread."""
-        self._chunk = self._lowered.compile()
 
     def advance(self, state: TrainState, step: int, stop: int) -> TrainState:
         """Train from ``state.step``, which is ``step``, to ``stop`` in that epoch."""
@@ -104,7 +105,7 @@ class InMemory:
         return after
 
 
-class Stream:
+class Stream(Feed):
     """A block of batches at a time, read ahead from disk by Grain.
 
     However large the split, its images are never in memory together, nor is its order:
@@ -188,10 +189,6 @@ class Stream:
         chunk = make_train_chunk(train_step, rows_of_block)
         self._lowered = chunk.lower(state, images, counts, 0)
 
-    def compile(self) -> None:
-        """Compile what was traced; this may go on in another thread."""
-        self._chunk = self._lowered.compile()
-
     def advance(self, state: TrainState, step: int, stop: int) -> TrainState:
         """Train from ``state.step``, which is ``step``, to ``stop`` in that epoch."""
         while step < stop:
@@ -225,3 +222,17 @@ class Stream:
         blocks = grain.MapDataset.range(block, self._num_blocks).map(self._read)
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return iter(blocks.to_iter_dataset(options))
+
+
+def make_feed(
+    settings: Config,
+    images: Any,
+    order: Callable[[Key[Array, ""], int], Int[Array, "T B"]],
+    mesh: Mesh,
+) -> Feed:
+    """The feed that a config asks for; arguments as of the two classes."""
+    train = settings.train
+    key = key_for(train.seed, Purpose.SHUFFLE)
+    if settings.data.streaming:
+        return Stream(images, key, train.batch_size, train.num_epochs, mesh)
+    return InMemory(images, order, key, mesh)

@@ -530,26 +530,50 @@ def _write_decoded(
     splits = {"train": range(num_test, len(labels)), "test": range(num_test)}
     with zipfile.ZipFile(path, "w") as archive:
 
-        def write(name: str, like: np.ndarray, blocks: Iterable[bytes]) -> None:
-            digest.update(repr(like.shape).encode())
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                header = np.lib.format.header_data_from_array_1_0(like)
-                np.lib.format.write_array_header_1_0(member, header)
-                for block in blocks:
-                    member.write(block)
-                    digest.update(block)
+        def digested(block: bytes) -> bytes:
+            digest.update(block)
+            return block
+
+        def write(
+            name: str, shape: tuple[int, ...], dtype: Any, blocks: Iterable[bytes]
+        ) -> None:
+            digest.update(repr(shape).encode())
+            write_member(archive, name, shape, dtype, map(digested, blocks))
 
         for split, rows in splits.items():
             pixels.seek(rows.start * size)
             left = range(len(rows) * size, 0, -PIECE)
             blocks = (pixels.read(min(PIECE, count)) for count in left)
-            # Takes no memory: all its values are one and the same.
-            like = np.broadcast_to(np.uint8(0), (len(rows), *shape))
-            write(f"{split}_images", like, blocks)
+            write(f"{split}_images", (len(rows), *shape), np.uint8, blocks)
             part = labels[rows.start : rows.stop]
-            write(f"{split}_labels", part, [part.tobytes()])
+            write(f"{split}_labels", part.shape, part.dtype, [part.tobytes()])
         fingerprint = np.array(digest.hexdigest())
-        write("fingerprint", fingerprint, [fingerprint.tobytes()])
+        write("fingerprint", (), fingerprint.dtype, [fingerprint.tobytes()])
+
+
+def write_member(
+    archive: zipfile.ZipFile,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    blocks: Iterable[Any],
+) -> None:
+    """Write an array into an open .npz file, block by block, never whole in memory.
+
+    Args:
+        archive: the file.
+        name: the array's.
+        shape: of all of it.
+        dtype: the same.
+        blocks: its bytes, in C order.
+    """
+    # Takes no memory: all its values are one and the same.
+    like = np.broadcast_to(np.zeros((), dtype), shape)
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        header = np.lib.format.header_data_from_array_1_0(like)
+        np.lib.format.write_array_header_1_0(member, header)
+        for block in blocks:
+            member.write(block)
 
 
 def _decode_all(

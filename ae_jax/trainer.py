@@ -24,7 +24,7 @@ from ae_jax import checkpoint, config, data, evaluate, hosts, losses, records, r
 from ae_jax.checkpoint import Checkpoints, History
 from ae_jax.cli import Diverged
 from ae_jax.config import Config, UserError
-from ae_jax.feed import Feed, InMemory, Stream
+from ae_jax.feed import make_feed
 from ae_jax.losses import Params
 from ae_jax.records import Row
 from ae_jax.train import Purpose, TrainState, fit, key_for
@@ -175,7 +175,7 @@ class Trainer:
         self._saved_with = {key: description[key] for key in ("config", "data")}
         # Compiling takes seconds, each on one core: it goes on while the main thread
         # chooses and draws images. What is traced before is in nobody's way.
-        self._feed = self._make_feed(images)
+        self._feed = make_feed(settings, images, self._program.order, self._mesh)
         train = self._dataset.train._replace(images=self._feed.images)
         self._dataset = dataclasses.replace(self._dataset, train=train)
         self._feed.lower(self._program.train_step, self._abstract())
@@ -193,14 +193,6 @@ class Trainer:
                 f"{self.config.data.name}: {num_images} training images are too few "
                 f"for {jax.process_count()} processes; start fewer"
             )
-
-    def _make_feed(self, images: Any) -> Feed:
-        train = self.config.train
-        key = key_for(train.seed, Purpose.SHUFFLE)
-        if self.config.data.streaming:
-            size, num_epochs = train.batch_size, train.num_epochs
-            return Stream(images, key, size, num_epochs, self._mesh)
-        return InMemory(images, self._program.order, key, self._mesh)
 
     # --- Before training ---
 

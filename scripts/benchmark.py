@@ -296,18 +296,12 @@ def our_runner(settings: Config, images: Any) -> Callable[[int], None]:
     import jax
 
     from ae_jax import checkpoint, hosts, run
-    from ae_jax.feed import InMemory, Stream
-    from ae_jax.train import Purpose, key_for
+    from ae_jax.feed import make_feed
 
-    train, key = settings.train, key_for(0, Purpose.SHUFFLE)
-    mesh = hosts.make_mesh(settings.mesh.data, train.batch_size)
+    mesh = hosts.make_mesh(settings.mesh.data, settings.train.batch_size)
     where = hosts.replicated(mesh)
     program = run.build(settings, len(images), images.shape[1], sharding=where)
-    feed = (
-        Stream(images, key, train.batch_size, train.num_epochs, mesh)
-        if settings.data.streaming
-        else InMemory(images, program.order, key, mesh)
-    )
+    feed = make_feed(settings, images, program.order, mesh)
     feed.lower(program.train_step, checkpoint.abstract_like(program.init, where))
     feed.compile()
     state, step = jax.device_put(made_up(program.init), where), 0
@@ -459,15 +453,14 @@ def measure_scaling(sizes: Sizes, images: np.ndarray) -> dict[str, list[Row]]:
 
 def on_disk(images: np.ndarray, count: int, path: Path) -> DataConfig:
     """So many images in a file, written block by block, to be streamed from it."""
+    from ae_jax.images import write_member
+
     side = round(images.shape[1] ** 0.5)
     with zipfile.ZipFile(path, "w") as archive:
         for name, size in (("train_images", count), ("test_images", 1000)):
-            header = {"descr": "|u1", "fortran_order": False}
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-                shape = {"shape": (size, side, side)}
-                np.lib.format.write_array_header_2_0(file, header | shape)
-                for start in range(0, size, len(images)):
-                    file.write(images[: size - start].tobytes())
+            starts = range(0, size, len(images))
+            blocks = [images[: size - start].data for start in starts]
+            write_member(archive, name, (size, side, side), np.uint8, blocks)
     return DataConfig(name="npz", source=path, streaming=True)
 
 
@@ -504,7 +497,7 @@ def measure_devices(sizes: Sizes) -> list[Row]:
 
     On CPU the devices are virtual: they share the cores.
     """
-    code = "import sys; from scripts import benchmark; benchmark.tell_devices({}, {})"
+    code = "from scripts import benchmark; benchmark.tell_devices({}, {})"
     flags = f"--xla_force_host_platform_device_count={max(sizes.devices)}"
     done = subprocess.run(
         [sys.executable, "-c", code.format(sizes.devices, sizes.turn_s)],

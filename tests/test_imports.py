@@ -20,7 +20,7 @@ MAP = {
     "data": {"config", "images"},
     "hosts": {"config"},
     "train": {"config", "hosts", "losses"},
-    "feed": {"hosts", "train"},
+    "feed": {"config", "hosts", "train"},
     "checkpoint": {"config", "hosts"},
     "records": {"config"},
     "interop": {"config", "records"},
