@@ -1,16 +1,15 @@
 """The form of every command: presets, options, exit status, signals.
 
-Imports no JAX, so that ``--help`` and a mistyped option answer at once.
+:mod:`config`, and so JAX, is imported where it is used: not every command needs it.
 """
 
 import argparse
 import contextlib
 import dataclasses
-import errno
 import os
 import signal
 import sys
-import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -18,25 +17,18 @@ from typing import Any, NoReturn, TypeVar
 
 import tyro
 
-from ae_jax import config as configs
-from ae_jax.config import RunConfig, UserError
+from ae_jax import registry
+from ae_jax.errors import Diverged, UserError
 
-C = TypeVar("C", bound=RunConfig)
-
-STARTED = time.monotonic()
-"""When the command began, near enough: this module is the first that it imports."""
-
-
-class Diverged(Exception):
-    """The loss is not finite: nothing the user typed wrong, but no result either."""
+C = TypeVar("C")
 
 
 def leave(signum: int, frame: FrameType | None) -> NoReturn:
     """Signal handler: end the command at once, with the shell's status for the signal.
 
-    Not by an exception: Python drops one that is raised within an import's callback,
-    and to unwind while XLA compiles in another thread can crash. Nothing is lost: every
-    file is whole or absent, and what is unfinished is cleared by the next command.
+    Not by an exception: Python drops one that is raised within an import's callback.
+    Nothing is lost: every file is whole or absent, and what is unfinished is cleared by
+    the next command.
     """
     with contextlib.suppress(RuntimeError, OSError):  # the signal fell into a print
         sys.stdout.flush()
@@ -46,49 +38,63 @@ def leave(signum: int, frame: FrameType | None) -> NoReturn:
 def exit_with(action: Callable[[], None]) -> NoReturn:
     """Do it, and end the process with the status that its outcome calls for.
 
-    0: done. 2: the user can mend it (:class:`UserError`, or the disk's or the
-    network's refusal). 1: diverged. Anything else is our bug and keeps its traceback
-    (Python's status 1). SIGINT and SIGTERM: 130 and 143.
+    0: done. 2: the user can fix it (:class:`UserError`, or the system's refusal). 1:
+    diverged. Anything else is our bug and keeps its traceback (Python's status 1).
+    SIGINT and SIGTERM: 130 and 143.
     """
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
+    status, message = 0, ""
     try:
         action()
-    except UserError as error:
-        status, message = 2, str(error)
-    except Diverged as error:
-        status, message = 1, str(error)
-    except BrokenPipeError:  # the reader of our output went away: `… | head`
-        sys.stderr.close()
-        sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        status, message = 2, _explain(error)
-    else:
-        sys.exit(0)
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    jax = sys.modules.get("jax")
-    if jax and jax.distributed.is_initialized():
+    except (UserError, OSError, Diverged, KeyboardInterrupt) as error:
+        status, message = _outcome(error)
+    except Exception:
+        if not _has_peers():
+            raise
+        traceback.print_exc()
+        status = 1
+    if message:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if _has_peers():
         # An orderly end would wait for the other processes, which wait for this one.
         sys.stdout.flush()
-        if jax.process_index() == 0:  # its end aborts those that are still speaking
-            time.sleep(1)
         os._exit(status)
     sys.exit(status)
 
 
-def _explain(error: OSError) -> str:
-    remedy = {
-        errno.ENOSPC: "make room, and give the same command again",
-        errno.EFBIG: "make room, and give the same command again",
-        errno.EDQUOT: "make room, and give the same command again",
-        errno.EACCES: "choose a place that you may write to",
-        errno.EPERM: "choose a place that you may write to",
-        errno.EROFS: "choose a place that you may write to",
-        errno.EEXIST: "a file is in the way; choose another path",
-        errno.ENOTDIR: "a file is in the way; choose another path",
-    }.get(error.errno or 0, "check the path, and try again")
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; {remedy}"
+def _has_peers() -> bool:
+    """Whether this is one of several processes of a run."""
+    jax = sys.modules.get("jax")  # the PyTorch baseline does without
+    return bool(jax and jax.distributed.is_initialized())
+
+
+def _outcome(error: BaseException) -> tuple[int, str]:
+    """The exit status, and what to say."""
+    if isinstance(error, KeyboardInterrupt):  # the trainer's, after it has saved
+        return 128 + signal.SIGINT, ""
+    if isinstance(error, BrokenPipeError):  # our output's reader went away: `… | head`
+        sys.stderr.close()
+        return 128 + signal.SIGPIPE, ""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename else ""
+        return 2, f"{place}{error.strerror or error}"
+    return (1 if isinstance(error, Diverged) else 2), str(error)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs in the user's cache folder, for a faster next start.
+
+    ``JAX_COMPILATION_CACHE_DIR`` names another one, and
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off.
+    """
+    import jax
+
+    from ae_jax.runs.folder import compilation_cache_dir
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache_dir()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def parse(
@@ -97,6 +103,7 @@ def parse(
     description: str,
     args: list[str],
     prog: str | None = None,
+    registries: Mapping[str, registry.Registry] | None = None,
 ) -> C:
     """One experiment's config from its command line.
 
@@ -106,50 +113,107 @@ def parse(
         description: shown by ``--help``.
         args: the command line without the program's name.
         prog: how the program is called; None: ``python -m experiments.NAME``.
+        registries: the sections whose class a name chooses; None: those of a run.
 
     Returns:
-        The preset or the file's config, overridden by the options; without a
-        ``run_dir`` of its own it runs in ``runs/NAME`` or ``runs/NAME-PRESET``.
+        The preset or the file's config, its classes chosen by the names, overridden by
+        the options; without a ``run_dir`` of its own it runs in ``runs/NAME`` or
+        ``runs/NAME-PRESET``.
 
     Raises:
+        UserError: a name that is not known, or a file that holds no config.
         SystemExit: 0 after ``--help``, 2 after an error, which has been shown.
     """
     default = next(iter(presets))
     prog = prog or f"python -m experiments.{name}"
+    if registries is None:
+        from ae_jax.config import REGISTRIES
+
+        registries = REGISTRIES
     first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=list(presets))
     first.add_argument("--config", type=Path)
+    for section in registries:
+        first.add_argument(f"--{section}.name", dest=section)
     start, rest = first.parse_known_args(args)
     if start.config and start.preset:
         first.error("--preset and --config: give one of them")
     preset = start.preset or default
     folder = Path("runs") / (name if preset == default else f"{name}-{preset}")
-    base = presets[preset]
+    base: Any = presets[preset]
     if start.config:
-        base = configs.load(start.config, type(base))
+        from ae_jax.config import load
+
+        base = load(start.config, type(base))
     if base.run_dir == type(base)().run_dir:  # neither the preset's nor the file's own
         base = dataclasses.replace(base, run_dir=folder)
-    start_options = (
-        f"--preset {{{','.join(presets)}}} chooses the values that the options below "
-        f"start from (default: {default}); --config FILE.json takes them from a file, "
-        "which may be a run's config.json."
-    )
-    return tyro.cli(
+    base = _choose_classes(base, registries, vars(start))
+    start_options = _start_options(base, registries, presets)
+    chosen: C = tyro.cli(
         type(base),
         default=base,
         prog=prog,
         description=f"{description.strip()}\n\n{start_options}",
         args=rest,
     )
+    return chosen
+
+
+def _choose_classes(
+    base: Any, registries: Mapping[str, registry.Registry], names: Mapping[str, Any]
+) -> Any:
+    """The config with another class, at its defaults, where a name asks for one."""
+    for section, known in registries.items():
+        name = names[section]
+        if name is None or name == registry.name_of(known, getattr(base, section)):
+            continue
+        cls = registry.find_class(section, known, name)
+        try:
+            base = dataclasses.replace(base, **{section: cls()})
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{section}.name: {name}: {error}; give each of its fields a default"
+            ) from error
+    return base
+
+
+def _start_options(
+    base: Any,
+    registries: Mapping[str, registry.Registry],
+    presets: Mapping[str, Any],
+) -> str:
+    """What of the command line is read before the options, explained."""
+    lines = [
+        f"--preset {{{','.join(presets)}}} chooses the values that the options below "
+        f"start from (default: {next(iter(presets))}); --config FILE.json takes them "
+        "from a file, which may be a run's config.json.",
+        "A name chooses a class, whose fields, at its defaults, are then the options "
+        "below. One of your own is module:Class.",
+    ]
+    for section, known in registries.items():
+        chosen = registry.name_of(known, getattr(base, section))
+        lines.append(f"--{section}.name {{{','.join(known)}}} (now: {chosen})")
+    return "\n\n".join(lines)
 
 
 def run_experiment(
     name: str, presets: Mapping[str, C], doc: str | None, run: Callable[[C], Any]
 ) -> NoReturn:
     """``main`` of an experiment: parse, run, and leave with the right status."""
-    exit_with(lambda: run(parse(name, presets, doc or "", sys.argv[1:])))
+
+    def action() -> None:
+        config = parse(name, presets, doc or "", sys.argv[1:])
+        use_compilation_cache()
+        run(config)
+
+    exit_with(action)
 
 
 def run_script(main: Callable[..., None]) -> NoReturn:
     """``main`` of a script: its parameters are the options, its docstring the help."""
-    exit_with(lambda: tyro.cli(main, config=(tyro.conf.FlagCreatePairsOff,)))
+
+    def action() -> None:
+        use_compilation_cache()
+        tyro.cli(main, config=(tyro.conf.FlagCreatePairsOff,))
+
+    exit_with(action)

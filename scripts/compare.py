@@ -1,138 +1,178 @@
-"""Compare runs: ``compare.py RUN RUN… [--result NAME]``."""
+"""Compare runs: ``compare.py RUN RUN… [--sort METRIC] [--result NAME]``."""
 
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from ae_jax import cli, config, records
+from ae_jax import cli, collapse, config
+from ae_jax.errors import UserError, suggest
 
-COLUMNS = {
-    "epochs": "{}",
-    "train/mse": "{:.5f}",
-    "test/mse": "{:.5f}",
-    "test/psnr_db": "{:.2f}",
-    "test/ssim": "{:.3f}",
-    "code/dead_units": "{}",
-    "wall_s": "{:.1f}",
+if TYPE_CHECKING:
+    from ae_jax.runs.results import Table
+
+HEADINGS = {
+    "train/mse": "train MSE",
+    "test/mse": "test MSE",
+    "test/psnr_db": "PSNR (dB)",
+    "test/ssim": "SSIM",
+    "latent/dead_units": "dead units",
+    "wall_s": "time (s)",
+    "train.seed": "seed",
 }
+FORMATS = {"test/psnr_db": ".2f", "test/ssim": ".3f", "wall_s": ".1f"}
+SHOWN = ("epochs", "train/", "val/", "test/", "latent/dead_units", "wall_s")
+
+Row = dict[str, Any]
 
 
-def main(run_dirs: Positional[tuple[Path, ...]], result: str | None = None) -> None:
+def main(
+    run_dirs: Positional[tuple[Path, ...]],
+    sort: str | None = None,
+    result: str | None = None,
+) -> None:
     """Compare runs: fields that differ, final metrics, loss curves over each other.
 
     Writes the curves to compare.png in the folder above the first run.
 
     Args:
         run_dirs: Run folders, two or more, finished or not.
+        sort: Order the runs by this metric, the smallest first.
         result: Keep the outcome as experiments/results/NAME.json, for the tables in
             README and docs; all runs must be finished.
     """
-    if len(run_dirs) < 2:
-        raise config.UserError(f"compare needs two runs or more, got {len(run_dirs)}")
-    described = {path: records.read_description(path) for path in run_dirs}
-    fields = {
-        path: config.flatten(description["config"])
-        for path, description in described.items()
-    }
-    rows = {path: _final_metrics(path) for path in run_dirs}
-    _print_differences(fields)
-    _print_metrics(rows)
-    print(f"\nloss curves: {_draw(fields)}")
-    if result:
-        path = Path("experiments") / "results" / f"{result}.json"
-        _write_result(path, described, fields, rows)
-        print(f"result: {path}")
+    from ae_jax.runs import folder
+    from ae_jax.runs.results import to_markdown, write_result
+
+    if len(set(run_dirs)) < 2:
+        raise UserError(f"compare needs two runs or more, got {len(set(run_dirs))}")
+    described = {path: folder.read_description(path) for path in run_dirs}
+    fields = {path: config.flatten(d["config"]) for path, d in described.items()}
+    epochs = {path: folder.read_metrics(path) for path in run_dirs}
+    scores = {path: final_scores(path, rows) for path, rows in epochs.items()}
+    metrics = shared_metrics(list(scores.values()))
+    if sort is not None:
+        if sort not in metrics:
+            raise UserError(f"--sort: no metric {sort!r}{suggest(sort, metrics)}")
+        scores = dict(sorted(scores.items(), key=lambda item: item[1][sort]))
+    differ = differing_fields(list(fields.values()))
+    for name in differ:
+        values = ", ".join(str(fields[path].get(name, "–")) for path in scores)
+        print(f"{name}: {values}")
+    rows = [{"run": path, **row} for path, row in scores.items()]
+    print(to_markdown(make_table("Final metrics", rows, ["run", *metrics])), end="")
+    print(f"loss curves: {draw(epochs)}")
+    if result is None:
+        return
+    if unfinished := [str(path) for path, row in scores.items() if "steps" not in row]:
+        raise UserError(f"not finished: {', '.join(unfinished)}; finish them")
+    rows = [fields[path] | row for path, row in scores.items()]
+    experiment = described[run_dirs[0]]["experiment"]
+    table = make_table(f"Runs of {experiment}", rows, [*differ, *metrics])
+    headline, table["caption"] = conclude(rows, metrics)
+    path = Path("experiments") / "results" / f"{result}.json"
+    accelerator = described[run_dirs[0]]["device"]["kind"]
+    seeds = [row.get("train.seed", 0) for row in rows]
+    write_result(path, experiment, seeds, headline, table, accelerator)
+    print(f"result: {path}")
 
 
-def _final_metrics(path: Path) -> dict[str, Any]:
-    summary = records.read_summary(path)
-    if summary:
+def final_scores(path: Path, rows: list[Row]) -> Row:
+    """A finished run's summary, or the last finished epoch of another one."""
+    from ae_jax.runs import folder
+
+    summary = folder.read_summary(path)
+    if summary is not None:
         return summary
-    rows = records.read_rows(path, types={"epoch": int})
-    return {**rows[-1], "epochs": rows[-1]["epoch"]} if rows else {}
+    return {"epochs": rows[-1]["epoch"], **rows[-1]} if rows else {}
 
 
-def _print_differences(fields: dict[Path, dict[str, Any]]) -> None:
-    first, *others = fields.values()
-    for key in (key for key in first if all(key in values for values in others)):
-        values = [str(values[key]) for values in fields.values()]
-        if key != "run_dir" and len(set(values)) > 1:
-            print(f"{key}: {', '.join(values)}")
+def shared_metrics(scores: list[Row]) -> list[str]:
+    """The names of the numbers that all runs have and that tell them apart."""
+    return [
+        name
+        for name in scores[0]
+        if name.startswith(SHOWN)
+        and all(isinstance(row.get(name), int | float) for row in scores)
+    ]
 
 
-def _print_metrics(rows: dict[Path, dict[str, Any]]) -> None:
-    width = max(len(str(path)) for path in rows)
-    print(f"\n{'run':{width}}  " + "  ".join(f"{name:>15}" for name in COLUMNS))
-    for path, row in rows.items():
-        cells = [
-            form.format(row[name]) if name in row else "–"
-            for name, form in COLUMNS.items()
-        ]
-        print(f"{path!s:{width}}  " + "  ".join(f"{cell:>15}" for cell in cells))
+def differing_fields(fields: list[Row]) -> list[str]:
+    """The config fields in which the runs differ, but for the folder."""
+    names = dict.fromkeys(name for values in fields for name in values)
+    return [
+        name
+        for name in names
+        if name != "run_dir"
+        and any(values.get(name) != fields[0].get(name) for values in fields)
+    ]
 
 
-def _draw(fields: dict[Path, dict[str, Any]]) -> Path:
-    from ae_jax import figures
+def make_table(title: str, rows: list[Row], names: list[str]) -> "Table":
+    """Of each run a row of what is asked for."""
 
-    curves = {}
-    for path, values in fields.items():
-        loss = f"train/{values.get('train.loss', 'mse')}"
-        rows = records.read_rows(path, types={"epoch": int, loss: float})
-        if rows:
-            epochs = [row["epoch"] for row in rows]
-            curves[str(path)] = (epochs, [row[loss] for row in rows])
-    path = next(iter(fields)).parent / "compare.png"
-    if not curves:
-        runs = ", ".join(map(str, fields))
-        raise config.UserError(f"{runs}: no run has finished an epoch yet")
-    figures.save(figures.loss_curves(curves), path)
+    def cell(name: str, value: Any) -> str:
+        form = FORMATS.get(name, ".5f") if isinstance(value, float) else ""
+        return format(value, form) if form else str(value)
+
+    return {
+        "title": title,
+        "columns": [HEADINGS.get(name, name) for name in names],
+        "rows": [[cell(n, row.get(n, "–")) for n in names] for row in rows],
+        "caption": "",
+    }
+
+
+def draw(epochs: dict[Path, list[Row]]) -> Path:
+    """The losses of the runs over each other, each its own objective's; the file."""
+    from ae_jax import plots
+    from ae_jax.runs.folder import loss_name_of
+
+    names = {path: loss_name_of(rows[0]) for path, rows in epochs.items() if rows}
+    if not names:
+        runs = ", ".join(map(str, epochs))
+        raise UserError(f"{runs}: no run has finished an epoch yet")
+    same = len(set(names.values())) == 1
+    curves = {
+        f"{path}" if same else f"{path}: {name}": (
+            [row["epoch"] for row in epochs[path]],
+            [row[f"train/{name}"] for row in epochs[path]],
+        )
+        for path, name in names.items()
+    }
+    path = next(iter(epochs)).parent / "compare.png"
+    shown = next(iter(names.values())).upper() if same else ""
+    plots.save(plots.loss_curves(curves, shown), path)
     return path
 
 
-def _write_result(
-    path: Path,
-    described: dict[Path, dict[str, Any]],
-    fields: dict[Path, dict[str, Any]],
-    rows: dict[Path, dict[str, Any]],
-) -> None:
-    unfinished = [str(run) for run, row in rows.items() if "test/mse" not in row]
-    if unfinished:
-        raise config.UserError(f"not finished: {', '.join(unfinished)}; finish them")
-    for run, values in fields.items():
-        for name in ("train.seed", "model.code_width"):
-            if type(values.get(name)) is not int:
-                place = run / "config.json"
-                raise config.UserError(f"{place}: no number as {name}; mend it")
-    widths = {run: values["model.code_width"] for run, values in fields.items()}
-    dead = {run: row["code/dead_units"] for run, row in rows.items()}
-    healthy = [row["test/mse"] for run, row in rows.items() if not dead[run]]
-    headline: dict[str, int | float] = {
-        "healthy": len(healthy),
-        "part_dead": sum(0 < dead[run] < widths[run] for run in rows),
-        "collapsed": sum(dead[run] == widths[run] for run in rows),
-    }
-    if len(healthy) > 1:
-        headline["test_mse_healthy_mean"] = statistics.mean(healthy)
-        headline["test_mse_healthy_sd"] = statistics.stdev(healthy)
-    table = [
-        {
-            "seed": fields[run]["train.seed"],
-            **{name: row[name] for name in COLUMNS if name in row},
-            "first_step_s": row["first_step_s"],
-        }
-        for run, row in rows.items()
+def conclude(rows: list[Row], metrics: list[str]) -> tuple[dict[str, Any], str]:
+    """The headline, and what it says in words.
+
+    Args:
+        rows: of each run its config's fields and its scores.
+        metrics: that all of them have.
+    """
+    outcomes = [
+        collapse.outcome(
+            row.get("latent/dead_units", 0), row.get("model.latent_dim", -1)
+        )
+        for row in rows
     ]
-    first = next(iter(described.values()))
-    records.write_result(
-        path,
-        experiment=first["experiment"],
-        accelerator=first["device"]["kind"],
-        seeds=[row["seed"] for row in table],
-        headline=headline,
-        table=table,
-    )
+    counts = {name: outcomes.count(name) for name in collapse.OUTCOMES}
+    headline: Row = {name.replace("-", "_"): n for name, n in counts.items()}
+    caption = ", ".join(f"{count} {name}" for name, count in counts.items())
+    tests = [name for name in metrics if name.startswith("test/")]
+    for test in ["test/mse"] if "test/mse" in tests else tests:
+        pairs = zip(rows, outcomes, strict=True)
+        healthy = [row[test] for row, outcome in pairs if outcome == "healthy"]
+        if len(healthy) > 1:
+            mean, sd = statistics.mean(healthy), statistics.stdev(healthy)
+            name = f"{test.replace('/', '_')}_healthy"
+            headline |= {f"{name}_mean": mean, f"{name}_sd": sd}
+            caption += f"; {test} of the healthy {mean:.4f} ± {sd:.4f}"
+    return headline, f"Of {len(rows)} runs {caption}."
 
 
 if __name__ == "__main__":

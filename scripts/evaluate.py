@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from ae_jax import cli, config
+from ae_jax import cli
+from ae_jax.errors import UserError
 
 
 def main(
@@ -15,7 +16,7 @@ def main(
     split: Literal["test", "train", "validation"] = "test",
     as_json: Annotated[bool, arg(name="json")] = False,
 ) -> None:
-    """Score a checkpoint on a whole split: MSE, PSNR, SSIM, dead code units.
+    """Score a checkpoint on a whole split: loss, MSE, PSNR, SSIM, dead latent units.
 
     Args:
         run_dir: Run folder, finished or not.
@@ -23,29 +24,23 @@ def main(
         split: The images to score.
         as_json: Print one line of JSON.
     """
-    from ae_jax import data, run
+    from ae_jax.runs.run import can_die, open_run
 
-    opened = run.open_run(run_dir, checkpoint)
-    dataset = data.load(opened.config.data)
-    run.check_fingerprint(run_dir, dataset)
-    images: data.Split = getattr(dataset, split)
-    if not len(images.images):
-        raise config.UserError(f"{run_dir}: no {split} images; the run held none out")
-    scores = {
-        "checkpoint_step": opened.step,
-        "split": split,
-        "num_images": len(images.images),
-        **run.score(opened, images, split, dataset.shape),
-    }
+    run = open_run(run_dir, checkpoint)
+    images = getattr(run.data(), split).images
+    if not len(images):
+        raise UserError(f"{run_dir}: no {split} images; the run held none out")
+    means = {f"{split}/{k}": v for k, v in run.score_split(images).items()}
+    head = {"checkpoint_step": run.step, "split": split, "num_images": len(images)}
+    scores: dict[str, Any] = head | means
+    if can_die(run.config):
+        scores["latent/dead_units"] = run.count_dead_units(images)
     if as_json:
         print(json.dumps(scores))
-    else:
-        for name, value in scores.items():
-            print(
-                f"{name:18} {value:.6g}"
-                if type(value) is float
-                else f"{name:18} {value}"
-            )
+        return
+    for name, value in scores.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else value
+        print(f"{name:24} {shown}")
 
 
 if __name__ == "__main__":

@@ -1,33 +1,40 @@
 """Draw a run's figures again, from its folder alone: ``plot.py RUN [FIGURE …]``."""
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
-from ae_jax import cli, config, records
+from ae_jax import cli
 
 
-def main(run_dir: Positional[Path], figures: Positional[tuple[str, ...]] = ()) -> None:
+def main(
+    run_dir: Positional[Path],
+    figures: Positional[tuple[str, ...]] = (),
+    ending: Annotated[Literal["png", "pdf", "svg"], arg(name="format")] = "png",
+    show_names: Annotated[bool, arg(name="list")] = False,
+) -> None:
     """Draw a run's figures again, from its folder alone.
 
     Args:
         run_dir: Run folder, finished or not.
-        figures: Which: samples, training_loss, reconstructions_by_epoch,
-            test_reconstructions; of a run of many seeds: seeds. Default: all.
+        figures: Which; by default all that the run can have, see --list.
+        ending: Format of the files.
+        show_names: Only list the figures that the run can have.
     """
-    from ae_jax import ensemble, run
+    from ae_jax.runs import figures as known
+    from ae_jax.runs.run import open_run
 
-    known: dict[str, Callable[[Path], Path]] = {"seeds": ensemble.draw}
-    if records.read_description(run_dir)["experiment"] != "seeds":
-        known = {name: functools.partial(run.draw, name=name) for name in run.FIGURES}
-        run.open_run(run_dir)  # says what is wrong before anything is drawn
+    run = open_run(run_dir)
+    if show_names:
+        for name in known.applicable(run):
+            doc = known.FIGURES[name].make.__doc__ or ""
+            print(f"{name:26}{doc.partition(chr(10))[0]}")
+        return
     for name in figures:
-        if name not in known:
-            raise config.UserError(f"no figure {name!r}{config.suggest(name, known)}")
-    for name in figures or known:
-        print(known[name](run_dir))
+        known.check(run, name)  # before any is drawn
+    for name in figures or known.applicable(run):
+        print(known.draw(run, name, ending))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Prove on this machine that a killed run ends as an undisturbed one.
+"""Prove on this machine that a killed run ends as an uninterrupted one.
 
-The tutorial runs once undisturbed, then again while it is killed (SIGKILL) at random
+The tutorial runs once uninterrupted, then again while it is killed (SIGKILL) at random
 moments and resumed, until all kills are used up. If a run finishes before that, it is
-compared, and another one begins. Compared to the bit are parameters, optimiser state,
-key and metrics at the end, and the names of the files left. The verdict is one line of
-JSON; exit status 0: identical, 1: not, and the two runs are kept. The runs lie in a
-temporary folder, so that --run-dir is refused.
+compared, and another one begins. Compared to the bit are the last state (parameters,
+optimiser state, key), the metrics and scores without times, the figures, and the names
+of the files left. The verdict is one line of JSON; exit status 0: identical, 1: not,
+and the two runs are kept. The runs lie in a temporary folder: --run-dir is refused.
 """
 
+import hashlib
 import json
 import shutil
 import signal
@@ -15,30 +16,29 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
-from ae_jax import cli, records
-from ae_jax.config import CheckpointConfig, Config, UserError, to_json
+from ae_jax import cli
+from ae_jax.config import CheckpointConfig, Config, to_json
+from ae_jax.errors import UserError
+from ae_jax.files import read_json, write_json
+from ae_jax.options import options
 from experiments import tutorial
 
-TIMES = ("wall_s", "images_per_s")
+TIMES = ("wall_s", "images_per_s", "first_step_s", "peak_memory_bytes")
+"""What no two runs have in common."""
 
 
-@dataclass(frozen=True)
+@options
 class Verification(Config):
     """A run of the tutorial, and how often it is killed."""
 
-    kills: int = 20
-    """Kills, at moments drawn uniformly over the undisturbed run's time."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.kills < 1:
-            raise ValueError(f"kills: must be above 0, got {self.kills}")
+    kills: PositiveInt = 20
+    """Kills, at moments drawn uniformly over the uninterrupted run's time."""
 
 
 # Saved often, a run makes progress even between kills that follow each other closely.
@@ -71,62 +71,71 @@ def main() -> None:
 
 
 def verify(config: Verification, folder: Path) -> dict[str, Any]:
-    """Run undisturbed, then disturbed, and compare.
+    """Run uninterrupted, then killed and resumed, and compare.
 
     Args:
         config: the run's, with the number of kills.
         folder: where the runs go.
 
     Returns:
-        The verdict: ``identical``, ``kills``, ``runs`` (disturbed ones), ``steps``,
+        The verdict: ``identical``, ``kills``, ``runs`` (killed ones), ``steps``,
         ``wall_s``, and, if they are not identical, ``differences``.
 
     Raises:
-        UserError: the undisturbed run ended with a user's mistake.
+        UserError: the uninterrupted run ended with a user's mistake.
     """
     started, kills, runs = time.monotonic(), 0, 0
     rng = np.random.default_rng(config.train.seed)
-    undisturbed, differences = folder / "undisturbed", []
-    status = attempt(config, undisturbed, None)
+    whole, differences = folder / "uninterrupted", []
+    status = attempt(config, whole, None)
     duration = time.monotonic() - started
+    if status == 2:
+        raise UserError(last_stderr_line(whole).removeprefix("error: "))
     if status:
-        line = last_words(undisturbed)
-        if status == 2:
-            raise UserError(line.removeprefix("error: "))
-        differences = [f"the undisturbed run ended with status {status}: {line}"]
-    tell(f"undisturbed: {duration:.1f} s")
+        differences = [f"{whole.name} run: status {status}: {last_stderr_line(whole)}"]
+    report(f"uninterrupted: {duration:.1f} s")
     while kills < config.kills and not differences:
         runs += 1
-        disturbed, finished = folder / f"disturbed-{runs}", False
-        while not finished and not differences:
+        killed, status = folder / f"killed-{runs}", -signal.SIGKILL
+        while status == -signal.SIGKILL:
             limit = rng.uniform(0, duration) if kills < config.kills else None
-            status = attempt(config, disturbed, limit)
-            finished = status == 0
-            if limit is not None and status == -signal.SIGKILL:
+            status = attempt(config, killed, limit)
+            if status == -signal.SIGKILL and limit is None:
+                break  # by someone else: the system, short of memory
+            if status == -signal.SIGKILL:
                 kills += 1
-                where = f"newest checkpoint: {newest_step(disturbed)}"
-                tell(f"kill {kills} of {config.kills} after {limit:.2f} s, {where}")
-            elif not finished:
-                line = last_words(disturbed)
-                differences = [f"run {runs} ended with status {status}: {line}"]
-        if finished:
-            differences = compare(undisturbed, disturbed)
-            tell(f"run {runs} finished: {len(differences)} differences")
+                where = f"newest checkpoint: {newest_step(killed)}"
+                report(f"kill {kills} of {config.kills} after {limit:.2f} s, {where}")
+        if status:
+            line = last_stderr_line(killed)
+            differences = [f"run {runs} ended with status {status}: {line}"]
+        else:
+            differences = compare(whole, killed)
+            report(f"run {runs} finished: {len(differences)} differences")
     verdict: dict[str, Any] = {
         "identical": not differences,
         "kills": kills,
         "runs": runs,
-        "steps": newest_step(undisturbed),
+        "steps": newest_step(whole),
         "wall_s": round(time.monotonic() - started, 1),
     }
     return {**verdict, "differences": differences} if differences else verdict
 
 
 def attempt(config: Verification, run_dir: Path, limit_s: float | None) -> int:
-    """Give the tutorial's command, and kill it after some seconds; its status."""
-    with log_of(run_dir).open("wb") as log:
+    """Give the tutorial's command, and kill it after some seconds; its status.
+
+    It takes its options from a file beside the run folder, and what it writes on stderr
+    goes into another.
+    """
+    plain = to_json(config)
+    del plain["kills"]
+    file = run_dir.with_suffix(".json")
+    write_json(file, plain)
+    command = [sys.executable, "-m", "experiments.tutorial", "--config", str(file)]
+    with run_dir.with_suffix(".log").open("wb") as log:
         process = subprocess.Popen(
-            make_command(config, run_dir), stdout=subprocess.DEVNULL, stderr=log
+            [*command, "--run-dir", str(run_dir)], stdout=subprocess.DEVNULL, stderr=log
         )
         try:
             return process.wait(limit_s)
@@ -137,25 +146,10 @@ def attempt(config: Verification, run_dir: Path, limit_s: float | None) -> int:
             process.kill()
 
 
-def make_command(config: Verification, run_dir: Path) -> list[str]:
-    """The command of a run; it takes its options from a file beside the run folder."""
-    plain = to_json(config)
-    del plain["kills"]
-    options = run_dir.with_suffix(".json")
-    records.write_json(options, plain)
-    command = [sys.executable, "-m", "experiments.tutorial"]
-    return [*command, "--config", str(options), "--run-dir", str(run_dir)]
-
-
-def log_of(run_dir: Path) -> Path:
-    """What the newest command for a run folder wrote on stderr."""
-    return run_dir.with_suffix(".log")
-
-
-def last_words(run_dir: Path) -> str:
-    """The last line of that."""
-    lines = log_of(run_dir).read_text(errors="replace").splitlines()
-    return lines[-1] if lines else "without a word"
+def last_stderr_line(run_dir: Path) -> str:
+    """What the newest command for a run folder said last."""
+    lines = run_dir.with_suffix(".log").read_text(errors="replace").splitlines()
+    return lines[-1] if lines else "no message"
 
 
 def newest_step(run_dir: Path) -> int | None:
@@ -168,34 +162,41 @@ def compare(run_dir: Path, other: Path) -> list[str]:
     """What differs at the end of two runs, a line each."""
     ours, theirs = describe_end(run_dir), describe_end(other)
     return [
-        f"{key}: {ours.get(key)}, disturbed {theirs.get(key)}"
+        f"{key}: {ours.get(key)}, killed {theirs.get(key)}"
         for key in {**ours, **theirs}
         if ours.get(key) != theirs.get(key)
     ]
 
 
 def describe_end(run_dir: Path) -> dict[str, Any]:
-    """Digests of a run's last state, its metrics without times, and what it left."""
-    import jax
+    """Digests of a run's last state and figures, its numbers, and what it left."""
+    from ae_jax.runs import folder
+    from ae_jax.runs.checkpoint import Checkpoints
 
-    from ae_jax import run
-    from ae_jax.checkpoint import digest_leaves
-
-    jax.config.update("jax_platforms", "cpu")  # an accelerator is for the runs
-    rows = {
-        f"metrics.jsonl, line {number}": {
-            key: value for key, value in row.items() if key not in TIMES
-        }
-        for number, row in enumerate(records.read_rows(run_dir), start=1)
+    rows: dict[str, dict[str, Any]] = {
+        f"metrics.jsonl, line {number}": row
+        for number, row in enumerate(folder.read_metrics(run_dir), start=1)
+    }
+    rows["summary.json"] = read_json(run_dir / "summary.json")
+    numbers = {
+        f"{place}, {name}": value
+        for place, row in rows.items()
+        for name, value in row.items()
+        if name not in TIMES and not name.startswith("device_")
+    }
+    with Checkpoints(run_dir / "checkpoints") as checkpoints:
+        state = checkpoints.load_digests(checkpoints.steps[-1])
+    figures = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(run_dir.glob("figures/*"))
     }
     paths = [*run_dir.glob("*"), *run_dir.glob("[cf]*/*")]
     left = sorted(str(path.relative_to(run_dir)) for path in paths)
     logs = len(list(run_dir.glob("tensorboard/*")))
-    state = digest_leaves(run.open_run(run_dir).state)
-    return {**state, **rows, "files": left, "files in tensorboard": logs}
+    return {**state, **numbers, **figures, "files": left, "tensorboard files": logs}
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     """A line of progress."""
     print(line, file=sys.stderr, flush=True)
 

@@ -15,25 +15,26 @@ from jaxtyping import install_import_hook
 install_import_hook("ae_jax", "beartype.beartype")
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 # The user's cache of compiled programs is none of the tests' business.
 _cache = tempfile.TemporaryDirectory(prefix="ae_jax-tests-")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 jax.config.update("jax_compilation_cache_dir", _cache.name)
 
+# Every test compiles the same small programs: each is compiled once in a session.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
 from ae_jax import data
-from ae_jax.config import DataConfig
+from ae_jax.config import Config, FiguresConfig, TrainConfig
+from ae_jax.models.dense import Autoencoder
+from ae_jax.runs.run import Run
+from ae_jax.runs.trainer import train_run
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _single_precision():
-    """Leave no test the 64-bit floats of another one's run."""
-    yield
-    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture(scope="module")
@@ -50,4 +51,26 @@ def torch_on_one_thread():
 @pytest.fixture(scope="session")
 def mnist() -> data.Dataset:
     """The real MNIST, prepared once in the project's own data folder."""
-    return data.load(DataConfig(dir=ROOT / "data"))
+    return data.load(data.Mnist(dir=ROOT / "data"))
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of the digits, 16-8-3, 3 epochs of 21 steps; read only."""
+    config = Config(
+        run_dir=tmp_path_factory.mktemp("finished") / "run",
+        data=data.Digits(num_validation=101),
+        model=Autoencoder(hidden=(16, 8)),
+        train=TrainConfig(num_epochs=3),
+        figures=FiguresConfig(epochs=(1, 3)),
+    )
+    return train_run(config, "tutorial")
+
+
+def random_like(tree, bound=0.3):
+    """Arrays of such shapes and types: what a model draws itself takes seconds."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(rng.uniform(-bound, bound, leaf.shape), leaf.dtype),
+        tree,
+    )

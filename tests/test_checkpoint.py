@@ -1,199 +1,380 @@
-import errno
+"""Checkpoints: digests that notice, steps that are kept, a disk that refuses."""
+
 import json
 import os
 import resource
-import time
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from orbax.checkpoint import v1
+from life import (
+    Scripted,
+    assert_same_end,
+    digests_of,
+    error_line,
+    flip,
+    small,
+    steps_of,
+    train_until,
+)
 
-from ae_jax.checkpoint import Checkpoints, abstract_like, digest_leaves
-from ae_jax.config import UserError
-from ae_jax.train import TrainState
-
-
-def make_state(step=0):
-    return TrainState(
-        step=jnp.int32(step),
-        params={"w": jnp.arange(6.0).reshape(2, 3) + step},
-        opt_state=(jnp.zeros(3), {"count": jnp.int32(step)}),
-        key=jax.random.key(7),
-        epoch_metrics={"loss": jnp.full(4, 0.5)},
-    )
-
-
-KEY = jax.random.key(0)
-ABSTRACT = abstract_like(make_state)
-DTYPES = [leaf.dtype for leaf in jax.tree.leaves(ABSTRACT)]
-
-
-def history(step):
-    return {"rows": [{"epoch": 1, "train/mse": 0.1 + step}], "epoch_s": 1 / 3}
+from ae_jax import cli
+from ae_jax.config import CheckpointConfig, FiguresConfig
+from ae_jax.errors import Diverged, UserError
+from ae_jax.models.dense import Autoencoder
+from ae_jax.runs import program
+from ae_jax.runs.checkpoint import Checkpoints, abstract_like, digest_leaves
+from ae_jax.runs.run import open_run
+from ae_jax.runs.trainer import train_run
 
 
-def save(folder, steps, keep=10, pinned=()):
-    with Checkpoints(folder, keep) as checkpoints:
-        for step in steps:
-            checkpoints.save(make_state(step), history(step), set(pinned))
+def program_of(config):
+    """What the finished run's checkpoints fit."""
+    parts = config.model, config.objective, config.train
+    return program.build(*parts, 1336, (8, 8, 1))
 
 
-def test_what_is_loaded_is_what_was_saved_to_the_bit(tmp_path):
-    save(tmp_path, [3])
-    with Checkpoints(tmp_path) as checkpoints:
-        state, loaded_history = checkpoints.load(ABSTRACT, 3)
-    assert digest_leaves(state) == digest_leaves(make_state(3))
-    assert jax.tree.structure(state) == jax.tree.structure(make_state(3))
-    assert loaded_history == history(3)
-    np.testing.assert_array_equal(
-        jax.random.normal(state.key), jax.random.normal(make_state().key)
-    )
+@pytest.fixture(scope="module")
+def abstract(finished_run):
+    return abstract_like(lambda: program_of(finished_run.config).init(0))
 
 
-def test_a_state_may_be_given_away_as_soon_as_it_is_saved(tmp_path):
-    give_away = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
-    with Checkpoints(tmp_path, 1) as checkpoints:
-        for step in range(20):
-            state = make_state(step)
-            checkpoints.save(state, history(step), set())
-            give_away((state.params, state.opt_state))
-    with Checkpoints(tmp_path) as checkpoints:
-        state, _ = checkpoints.load(ABSTRACT, 19)
-    assert digest_leaves(state) == digest_leaves(make_state(19))
+@pytest.fixture
+def interrupted(finished_run, tmp_path):
+    """The finished run as if killed before its end; may be damaged."""
+    path = Path(shutil.copytree(finished_run.folder, tmp_path / "run"))
+    (path / "summary.json").unlink()
+    return replace(finished_run.config, run_dir=path)
 
 
-def test_the_newest_and_the_pinned_steps_are_kept(tmp_path):
-    save(tmp_path, range(1, 9), keep=2, pinned=[1, 4])
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps == [1, 4, 7, 8]
+# --- Digests ------------------------------------------------------------------------
 
 
-def test_a_step_is_saved_once(tmp_path):
-    save(tmp_path, [2, 2])
-    save(tmp_path, [2])
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps == [2]
+def test_digests_cover_all_of_the_state(finished_run, abstract):
+    recorded = digests_of(finished_run.folder)
+    state, _ = Checkpoints(finished_run.folder / "checkpoints").load(abstract, 63)
+    assert recorded == digest_leaves(state)
+    groups = {name.partition(".")[0] for name in recorded}
+    assert groups == {"step", "params", "opt_state", "key", "epoch_metrics"}
+    for part, of_each in (("params", 1), ("opt_state", 2)):  # two moments
+        kernels = [n for n in recorded if n.startswith(part) and "kernel" in n]
+        assert len(kernels) == of_each * 6
 
 
 def test_a_digest_tells_values_types_and_shapes_apart():
     arrays = [
-        jnp.zeros(4),
-        jnp.zeros((2, 2)),
-        jnp.zeros(4, jnp.int32),
-        jnp.zeros(4).at[0].set(-0.0),
-        jnp.zeros(4).at[3].set(1e-30),
+        np.zeros(4, np.float32),
+        np.zeros(4, np.int32),
+        np.zeros((2, 2), np.float32),
+        np.array([0, 0, 0, -0.0], np.float32),
         jax.random.key(0),
-        jax.random.key(1),
     ]
-    assert len({digest_leaves([array])["[0]"] for array in arrays}) == len(arrays)
+    assert len({digest_leaves({"a": array})["a"] for array in arrays}) == 5
+    assert digest_leaves({"a": jnp.zeros(4)}) == digest_leaves({"a": arrays[0]})
 
 
-def files(folder):
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def files_of_a_step():
+    return [
+        "state/d/*",
+        "state/ocdbt.process_0/d/*",
+        "state/manifest.ocdbt",
+        "state/ocdbt.process_0/manifest.ocdbt",
+        "state/_METADATA",
+        "state/_sharding",
+        "state/array_metadatas/process_0",
+        "record/data.json",
+        "_CHECKPOINT_METADATA",
+    ]
 
 
-def load(folder, step):
-    with Checkpoints(folder) as checkpoints:
-        return checkpoints.load(ABSTRACT, step)
-
-
-# A load that fails leaves callbacks in Orbax's threads, which find their loop closed.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_refused_or_loads_what_was_saved(tmp_path, damage):
-    save(tmp_path, [5])
-    refused = 0
-    for path in files(tmp_path / "5"):
+@pytest.mark.parametrize("pattern", files_of_a_step())
+def test_a_flipped_bit_is_noticed_or_changes_nothing(
+    pattern, interrupted, abstract, finished_run
+):
+    rng = np.random.default_rng(len(pattern))
+    step = interrupted.run_dir / "checkpoints" / "63"
+    sound, noticed = digests_of(finished_run.folder), []
+    for path in step.glob(pattern):
         content = path.read_bytes()
-        if damage == "flip":
-            middle = len(content) // 2
-            flipped = content[middle : middle + 1] or b"\0"
-            changed = bytes([flipped[0] ^ 1])
-            path.write_bytes(content[:middle] + changed + content[middle + 1 :])
-        elif damage == "cut":
-            path.write_bytes(content[: len(content) // 2])
-        else:
+        for _ in range(6):
+            flip(path, int(rng.integers(len(content))), int(rng.integers(8)))
+            try:
+                with Checkpoints(step.parent) as checkpoints:
+                    state, history = checkpoints.load(abstract, 63)
+            except UserError as error:
+                noticed.append(str(error))
+            else:
+                assert digest_leaves(state) == sound
+                assert history["rows"] == finished_run.metrics
+            path.write_bytes(content)
+    for message in noticed:
+        assert message.startswith(f"{step}: damaged checkpoint: ")
+        assert "\n" not in message
+    if pattern in ("state/ocdbt.process_0/d/*", "record/data.json"):
+        assert len(noticed) >= 5
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "record", "empty"])
+def test_a_damaged_newest_step_is_refused_and_the_way_out_works(
+    how, interrupted, finished_run
+):
+    step = interrupted.run_dir / "checkpoints" / "63"
+    files = [path for path in step.rglob("*") if path.is_file()]
+    largest = max(
+        step.glob("state/ocdbt.process_0/d/*"), key=lambda path: path.stat().st_size
+    )
+    if how == "flipped":
+        flip(largest)
+    elif how == "cut":
+        largest.write_bytes(largest.read_bytes()[:100])
+    elif how == "gone":
+        largest.unlink()
+    elif how == "record":
+        shutil.rmtree(step / "record")
+    else:
+        for path in files:
             path.unlink()
-        try:
-            loaded = load(tmp_path, 5)
-        except UserError as error:
-            message = str(error)
-            refused += message.startswith(f"{tmp_path / '5'}: damaged checkpoint: ")
-            if "\n" in message or len(message) > 600:
-                pytest.fail(message)
-        else:
-            assert digest_leaves(loaded[0]) == digest_leaves(make_state(5))
-            assert [leaf.dtype for leaf in jax.tree.leaves(loaded[0])] == DTYPES
-            assert loaded[1] == history(5)
-        path.write_bytes(content)
-    assert refused >= 3
-    load(tmp_path, 5)
+    with pytest.raises(UserError, match=f"{step}: damaged checkpoint: .*; delete this"):
+        train_run(interrupted)
+    assert step.exists()
+    shutil.rmtree(step)
+    train_run(interrupted)
+    assert_same_end(interrupted.run_dir, finished_run.folder)
 
 
-def test_a_changed_value_names_its_leaf(tmp_path):
-    save(tmp_path, [5])
-    path = tmp_path / "5" / "record" / "data.json"
+@pytest.mark.parametrize("edited", ["rows", "wall_s"])
+def test_an_edited_history_is_noticed(edited, interrupted):
+    path = interrupted.run_dir / "checkpoints" / "63" / "record" / "data.json"
     record = json.loads(path.read_text())
-    record["digests"][".params['w']"] = "0" * 64
+    record["history"][edited] = [] if edited == "rows" else 1.0
     path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"\.params\['w'\] is not what was saved"):
-        load(tmp_path, 5)
+    for use in (train_run, lambda config: open_run(config.run_dir)):
+        with pytest.raises(UserError, match="history is not what was saved"):
+            use(interrupted)
 
 
-def test_a_changed_history_is_refused(tmp_path):
-    save(tmp_path, [5])
-    path = tmp_path / "5" / "record" / "data.json"
-    record = json.loads(path.read_text())
-    record["history"]["rows"][0]["train/mse"] += 1e-16
-    path.write_text(json.dumps(record))
-    load(tmp_path, 5)  # too small a change to be one
-    record["history"]["rows"][0]["train/mse"] += 1e-12
-    path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match="the history is not what was saved"):
-        load(tmp_path, 5)
+def test_a_step_under_another_number_is_damaged(interrupted):
+    steps = interrupted.run_dir / "checkpoints"
+    os.rename(steps / "63", steps / "70")
+    for use in (train_run, lambda config: open_run(config.run_dir)):
+        with pytest.raises(UserError, match=r"70: damaged .* saved as another step"):
+            use(interrupted)
 
 
-def test_a_reader_leaves_an_unfinished_step_alone_and_a_writer_clears_it(tmp_path):
-    save(tmp_path, [1])
-    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
-    os.makedirs(unfinished / "state")
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps == [1]
-        time.sleep(0.3)  # Orbax clears in the background
-    assert unfinished.exists()
-    save(tmp_path, [3])
-    assert not unfinished.exists()
+def test_a_damaged_older_step_does_not_stop_the_newest(interrupted, finished_run):
+    shutil.rmtree(interrupted.run_dir / "checkpoints" / "21" / "state")
+    with pytest.raises(UserError, match="21: damaged checkpoint"):
+        open_run(interrupted.run_dir, 21)
+    settings = replace(interrupted, figures=FiguresConfig(draw=False))
+    train_run(settings)
+    assert_same_end(settings.run_dir, finished_run.folder)
 
 
-def test_what_the_disk_refuses_is_an_os_error_and_leaves_earlier_steps_sound(tmp_path):
-    save(tmp_path, [1])
-    big = make_state(2)._replace(params={"w": jax.random.normal(KEY, (500, 500))})
+def test_float64_comes_back_as_float64(tmp_path):
+    run = train_run(small(tmp_path / "run", precision="float64", num_epochs=1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(run.params)} == {np.dtype("float64")}
+    kernel = np.asarray(run.params["encoder_0"]["kernel"])
+    assert (kernel != kernel.astype(np.float32)).any()
+
+
+# --- Which steps are kept -----------------------------------------------------------
+
+
+def scripted(run_dir, losses, **fields):
+    """A run of an epoch for each loss but the first, a step each."""
+    fields = {"checkpoint": CheckpointConfig(keep=1), **fields}
+    fields = {"figures": FiguresConfig(epochs=(), draw=False), **fields}
+    return small(
+        run_dir,
+        objective=Scripted(tuple(map(float, losses))),
+        model=Autoencoder((16, 8), init="flax"),
+        batch_size=1336,
+        num_epochs=len(losses) - 1,
+        **fields,
+    )
+
+
+LOSSES = (9, 8, 3, 4, 5, 6, 7)  # after 0, 1, … updates; the second epoch's is the best
+
+
+@pytest.mark.parametrize(
+    ("keep", "shown", "kept"),
+    [(1, (), [2, 6]), (3, (), [2, 4, 5, 6]), (1, (1, 4), [1, 2, 4, 6])],
+)
+def test_the_newest_the_best_and_those_of_the_figures_are_kept(
+    keep, shown, kept, tmp_path
+):
+    checkpoint, figures = CheckpointConfig(keep=keep), FiguresConfig(shown, draw=False)
+    config = scripted(tmp_path / "run", LOSSES, checkpoint=checkpoint, figures=figures)
+    run = train_run(config)
+    assert run.steps == kept
+    assert run.at("best").step == 2
+    assert len(run.at("best").metrics) == 2
+
+
+def test_a_best_that_is_still_being_saved_does_not_replace_the_one_before(
+    tmp_path, monkeypatch
+):
+    """A kill meets the save of the new best: the old one is still there."""
+    config = scripted(tmp_path / "run", (9, 3, 4, 5, 6, 1, 2))
+    save = Checkpoints.save
+
+    def dies(self, state, history):
+        if int(state.step) != 5:
+            save(self, state, history)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", dies)
+        train_until(5, config)
+    assert open_run(config.run_dir, "best").step == 1
+    assert train_run(config).steps == [5, 6]
+
+
+def test_unfinished_steps_are_cleared_and_never_read(interrupted, finished_run):
+    steps = interrupted.run_dir / "checkpoints"
+    os.rename(steps / "63", steps / "63.orbax-checkpoint-tmp")
+    shutil.copytree(steps / "21", steps / "8.orbax-checkpoint-tmp")
+    assert open_run(interrupted.run_dir).step == 42
+    assert (steps / "63.orbax-checkpoint-tmp").exists()  # a reader removes nothing
+    train_run(interrupted)
+    assert {path.name for path in steps.iterdir()} == {"21", "42", "63"}
+    assert_same_end(interrupted.run_dir, finished_run.folder)
+
+
+@pytest.mark.parametrize("which", ["best", "latest", "21", 42])
+def test_a_run_is_opened_at_any_of_its_steps(which, finished_run):
+    step = {"best": 63, "latest": 63, "21": 21, 42: 42}[which]
+    run = open_run(finished_run.folder, which)
+    assert (run.step, len(run.metrics)) == (step, step // 21)
+    assert run.steps == [21, 42, 63]
+
+
+@pytest.mark.parametrize(
+    ("which", "told"),
+    [(22, "no checkpoint of step 22; .* 21, 42, 63"), ("bets", "latest, best or a")],
+)
+def test_a_step_that_is_not_there_is_refused(which, told, finished_run):
+    with pytest.raises(UserError, match=told):
+        open_run(finished_run.folder, which)
+
+
+# --- What is saved is finite --------------------------------------------------------
+
+
+def test_parameters_that_overflowed_in_the_last_update_are_not_saved(tmp_path):
+    config = scripted(tmp_path / "run", (1, 1, 1, 1), learning_rate=1.5e38)
+    with pytest.raises(Diverged, match=r"step 3: params not finite; .* step 2"):
+        train_run(config)
+    assert steps_of(config.run_dir) == [1, 2]
+
+
+def test_an_optimiser_whose_state_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """Nothing of it shows in loss, gradient or parameters yet."""
+    make = program.make_optimizer
+
+    def poisoned(options, num_steps):
+        tx, schedule = make(options, num_steps)
+        count = optax.GradientTransformation(
+            lambda params: jnp.zeros(()),
+            lambda updates, state, params=None: (
+                updates,
+                jnp.where(state < 2, state + 1, jnp.nan),
+            ),
+        )
+        return optax.chain(tx, count), schedule
+
+    monkeypatch.setattr(program, "make_optimizer", poisoned)
+    config = scripted(tmp_path / "run", (1, 1, 1, 1, 1))
+    with pytest.raises(Diverged, match="step 3: opt_state not finite"):
+        train_run(config)
+    assert steps_of(config.run_dir) == [1, 2]
+
+
+# --- A disk that refuses ------------------------------------------------------------
+
+
+def assert_told(action, capsys, told, place):
+    """It ends with status 2 and a line in the system's words."""
+    with pytest.raises(SystemExit) as caught:
+        cli.exit_with(action)
+    assert caught.value.code == 2
+    line = error_line(capsys.readouterr().err)
+    assert told in line
+    assert str(place) in line
+
+
+@pytest.fixture(autouse=True)
+def _signal_handlers():
+    import signal
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(signum) for signum in signals]
+    yield
+    for signum, handler in zip(signals, before, strict=True):
+        signal.signal(signum, handler)
+
+
+def test_files_that_may_not_grow_end_the_run_and_it_resumes(
+    interrupted, finished_run, capsys
+):
+    for step in ("42", "63"):
+        shutil.rmtree(interrupted.run_dir / "checkpoints" / step)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+
+    def limited():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            train_run(interrupted)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    assert_told(limited, capsys, "File too large", interrupted.run_dir)
+    train_run(interrupted)
+    assert_same_end(interrupted.run_dir, finished_run.folder)
+
+
+@pytest.mark.parametrize("room", [20, 60, 150, 400])
+def test_a_full_disk_ends_the_run_and_it_resumes(room, tmp_path, capsys):
+    config = small(tmp_path / "disk" / "run", checkpoint=CheckpointConfig(1, keep=9))
+    (tmp_path / "disk").mkdir()
+    options = f"size={room}k"
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(tmp_path / "disk")]
+    if subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk needs the right to mount one")
     try:
-        with (
-            pytest.raises(OSError, match="too large") as caught,
-            Checkpoints(tmp_path, 1) as checkpoints,
-        ):
-            checkpoints.save(big, history(2), set())
+        told = "No space left on device"
+        assert_told(lambda: train_run(config), capsys, told, config.run_dir)
+        grow = ["mount", "-o", "remount,size=9m", str(tmp_path / "disk")]
+        subprocess.run(grow, check=True)
+        assert train_run(config).step == 6
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.errno == errno.EFBIG
-    assert caught.value.filename == str(tmp_path)
-    save(tmp_path, [3])
-    assert digest_leaves(load(tmp_path, 3)[0]) == digest_leaves(make_state(3))
+        subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
-def test_a_refusal_to_read_is_not_called_damage(tmp_path, monkeypatch):
-    save(tmp_path, [1, 2])
-    with Checkpoints(tmp_path, 2) as checkpoints:
+def test_a_save_that_fails_in_the_background_is_not_lost(tmp_path, monkeypatch):
+    """Whatever raises it, the run ends with it, and resumes."""
+    from orbax.checkpoint import v1 as ocp
 
-        def refuse(*args):
-            raise PermissionError(errno.EACCES, "Permission denied")
+    class Saving:
+        def result(self):
+            raise OSError(5, "Input/output error")
 
-        monkeypatch.setattr(v1, "load_checkpointables", refuse)
-        with pytest.raises(PermissionError):
-            checkpoints.load_newest(ABSTRACT, fallback=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+    save, saves = ocp.save_checkpointables_async, []
+
+    def fails(path, parts):
+        saves.append(path)
+        return Saving() if len(saves) == 2 else save(path, parts)
+
+    config = small(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp, "save_checkpointables_async", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            train_run(config)
+    assert steps_of(config.run_dir) == [2]
+    assert train_run(config).step == 6

@@ -1,16 +1,26 @@
+"""The form of every command: start values, names, options, exit status."""
+
+import dataclasses
 import errno
+import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from ae_jax import cli
-from ae_jax.config import Config, TrainConfig, UserError
+from ae_jax import cli, config
+from ae_jax.config import REGISTRIES, Config, TrainConfig
+from ae_jax.data import Digits, Folder
+from ae_jax.errors import Diverged, UserError
+from ae_jax.models.conv import ConvAutoencoder
+from ae_jax.objectives import Denoising, Reconstruction
 
 PRESETS = {
     "reference": Config(),
-    "quick": Config(train=TrainConfig(num_epochs=2)),
+    "quick": Config(data=Digits(num_validation=30), train=TrainConfig(num_epochs=2)),
+    "elsewhere": Config(run_dir=Path("some/where")),
 }
 
 
@@ -18,81 +28,197 @@ def parse(*args):
     return cli.parse("tutorial", PRESETS, "What it does.", list(args))
 
 
-def status(capsys, action) -> tuple[int, str]:
+def shown(capsys, *args, status=2) -> str:
+    """What a command that ends while it is parsed says, as words."""
     with pytest.raises(SystemExit) as caught:
-        cli.exit_with(action)
-    return caught.value.code, capsys.readouterr().err
+        parse(*args)
+    assert caught.value.code == status
+    out, err = capsys.readouterr()
+    return " ".join((out + err).translate({ord(c): " " for c in "│╭╮╰╯─"}).split())
 
 
-def test_a_run_is_named_after_experiment_and_preset():
-    assert str(parse().run_dir) == "runs/tutorial"
-    assert str(parse("--preset", "quick").run_dir) == "runs/tutorial-quick"
-    assert str(parse("--preset", "quick", "--run-dir", "x").run_dir) == "x"
+def test_a_run_is_named_after_experiment_and_preset_unless_it_has_a_folder(tmp_path):
+    def run_dir(*args):
+        return str(parse(*args).run_dir)
+
+    assert run_dir() == "runs/tutorial"
+    assert run_dir("--preset", "quick") == "runs/tutorial-quick"
+    assert run_dir("--preset", "elsewhere") == "some/where"
+    assert run_dir("--preset", "quick", "--run-dir", "x") == "x"
+    path = tmp_path / "c.json"
+    for plain, expected in [({}, "runs/tutorial"), ({"run_dir": "own"}, "own")]:
+        path.write_text(json.dumps(plain))
+        assert run_dir("--config", str(path)) == expected
 
 
 def test_options_override_the_preset():
     made = parse("--preset", "quick", "--train.seed", "3", "--model.hidden", "8", "4")
     assert made.train == TrainConfig(num_epochs=2, seed=3)
     assert made.model.hidden == (8, 4)
+    assert made.data == Digits(num_validation=30)
 
 
-def test_options_override_the_file_and_the_file_replaces_the_preset(tmp_path):
+def test_a_file_replaces_the_preset_and_options_override_it(tmp_path):
     path = tmp_path / "c.json"
-    path.write_text('{"train": {"seed": 5, "num_epochs": 7}}')
+    saved = Config(objective=Denoising(sigma=0.4), train=TrainConfig(seed=5))
+    path.write_text(json.dumps({"format": 2, "config": config.to_json(saved)}))
     made = parse("--config", str(path), "--train.num-epochs", "1")
     assert made.train == TrainConfig(num_epochs=1, seed=5)
-    assert str(made.run_dir) == "runs/tutorial"
+    assert made.objective == Denoising(sigma=0.4)
+    again = parse("--config", str(path), "--objective.name", "denoising")
+    assert again.objective == Denoising(sigma=0.4)  # the same class keeps its values
+    other = parse("--config", str(path), "--objective.name", "reconstruction")
+    assert other.objective == Reconstruction()
 
 
 @pytest.mark.parametrize(
-    ("args", "message"),
+    ("section", "name"),
+    [(s, name) for s, known in REGISTRIES.items() for name in known],
+)
+def test_a_name_chooses_a_class_whose_fields_are_then_the_options(
+    section, name, capsys
+):
+    cls = REGISTRIES[section][name]
+    made = parse(f"--{section}.name", name)
+    assert getattr(made, section) == cls()
+    told = shown(capsys, f"--{section}.name", name, "--help", status=0)
+    assert f"(now: {name})" in told
+    own = {field.name for field in dataclasses.fields(cls)}
+    everyones = {
+        field.name
+        for other in REGISTRIES[section].values()
+        for field in dataclasses.fields(other)
+    }
+    for field in everyones:
+        option = f"--{section}.{field.replace('_', '-')} "
+        switch = f"--{section}.{field.replace('_', '-')}, "
+        assert (option in told or switch in told) == (field in own), field
+
+
+def test_the_fields_of_a_chosen_class_are_set_and_those_of_another_refused(capsys):
+    made = parse("--objective.name", "denoising", "--objective.sigma", "0.1")
+    assert made.objective == Denoising(sigma=0.1)
+    made = parse("--model.name=conv", "--model.hidden", "4", "--data.name=folder")
+    assert (made.model, made.data) == (ConvAutoencoder(hidden=(4,)), Folder())
+    assert "sigma" in shown(capsys, "--objective.sigma", "0.1")
+    args = ("--objective.name", "denoising", "--objective.loss", "bce")
+    assert "--objective.loss" in shown(capsys, *args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """Of one's own."""
+
+    weight: float = 2.0
+    """How much."""
+    loss_name = "mine"
+
+    def __call__(self, model, params, x, key):
+        return x.mean(), {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Incomplete(Mine):
+    must: int = dataclasses.field(kw_only=True)
+
+
+def test_a_class_of_ones_own_is_chosen_by_module_and_class(capsys):
+    name = f"{__name__}:Mine"
+    made = parse("--objective.name", name, "--objective.weight", "3")
+    assert made.objective == Mine(weight=3.0)
+    assert "How much." in shown(capsys, "--objective.name", name, "--help", status=0)
+    with pytest.raises(UserError, match=r"Incomplete: .*must.*field.* a default$"):
+        parse("--objective.name", f"{__name__}:Incomplete")
+    with pytest.raises(UserError, match="must be an instance of a dataclass with make"):
+        parse("--model.name", name)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
     [
         (["--train.num-epoch", "3"], "--train.num-epochs"),  # the nearest is named
         (["--train.num-epochs", "ten"], "train.num-epochs"),
-        (["--train.num-epochs", "0"], "train.num_epochs: must be finite and above 0"),
-        (["--train.learning-rate", "nan"], "train.learning_rate: must be finite"),
-        (["--model.hidden", "8", "0"], "model.hidden: must be widths above 0"),
-        (["--model.code-activation", "relo"], "'relo'"),
+        (["--train.num-epochs", "0"], "num_epochs: input should be greater than 0"),
+        (["--train.learning-rate", "nan"], "learning_rate: input should be a finite"),
+        (["--model.hidden", "8", "0"], "hidden.1: input should be greater than 0"),
+        (["--model.latent-activation", "relo"], "'relo'"),
+        (["--train.patience", "2"], "train.patience: needs a held-out part"),
         (["--preset", "quik"], "quick"),
         (["--preset", "quick", "--config", "c.json"], "give one of them"),
     ],
 )
-def test_a_wrong_option_ends_with_status_2_and_says_why(args, message, capsys):
+def test_a_wrong_option_ends_with_status_2_and_says_why(args, told, capsys):
+    assert told in shown(capsys, *args)
+
+
+def test_a_wrong_name_is_one_line():
+    with pytest.raises(UserError, match=r"^model\.name: there is no cnov \(did you me"):
+        parse("--model.name", "cnov")
+
+
+def test_help_explains_presets_names_and_options(capsys):
+    told = shown(capsys, "--preset", "quick", "--help", status=0)
+    for text in (
+        "What it does.",
+        "--preset {reference,quick,elsewhere} chooses the values that the options",
+        "(default: reference)",
+        "--config FILE.json takes them from a file",
+        "--objective.name {reconstruction,denoising} (now: reconstruction)",
+        "(now: digits)",
+        "--train.num-epochs",
+        "Passes over the training split",
+        "(default: 2)",
+    ):
+        assert text in told
+
+
+# --- Exit status ----------------------------------------------------------------------
+
+
+def outcome(capsys, action) -> tuple[int, str]:
     with pytest.raises(SystemExit) as caught:
-        parse(*args)
-    assert caught.value.code == 2
-    shown = capsys.readouterr()
-    words = (shown.out + shown.err).replace("│", " ").split()
-    assert message in " ".join(words)
+        cli.exit_with(action)
+    return caught.value.code, capsys.readouterr().err
 
 
-def raising(error):
+@pytest.fixture
+def _handlers():
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def refused(code):
+    return OSError(code, "refused", "a/b")
+
+
+@pytest.mark.usefixtures("_handlers")
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (None, (0, "")),
+        (UserError("why; do this"), (2, "error: why; do this\n")),
+        (Diverged("nan"), (1, "error: nan\n")),
+        (KeyboardInterrupt(), (130, "")),
+        (SystemExit(143), (143, "")),
+        *(
+            (refused(code), (2, "error: a/b: refused\n"))
+            for code in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO)
+        ),
+        (OSError("plain"), (2, "error: plain\n")),
+    ],
+    ids=repr,
+)
+def test_the_exit_status_tells_how_it_ended_and_one_line_why(error, expected, capsys):
     def action():
-        raise error
+        if error:
+            raise error
 
-    return action
-
-
-def test_status_is_0_when_done_and_2_when_the_user_can_mend_it(capsys):
-    assert status(capsys, lambda: None) == (0, "")
-    assert status(capsys, raising(UserError("why; do this"))) == (
-        2,
-        "error: why; do this\n",
-    )
+    assert outcome(capsys, action) == expected
 
 
-def test_status_is_1_when_the_run_diverged(capsys):
-    assert status(capsys, raising(cli.Diverged("nan"))) == (1, "error: nan\n")
-
-
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EIO])
-def test_what_the_disk_refuses_is_told_in_one_line(code, capsys):
-    number, shown = status(capsys, raising(OSError(code, "refused", "a/b")))
-    assert number == 2
-    assert shown.startswith("error: a/b: refused; ")
-    assert shown.count("\n") == 1
-
-
+@pytest.mark.usefixtures("_handlers")
 def test_our_own_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.exit_with(lambda: 1 / 0)
@@ -100,18 +226,17 @@ def test_our_own_bug_keeps_its_traceback():
 
 IN_A_CALLBACK = """
 import weakref
-
-class Module:
-    pass
-
+class Module: pass
 module = Module()
 callback = weakref.ref(module, lambda _: signal.raise_signal(number))
 del module
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("moment", ["signal.raise_signal(number)", IN_A_CALLBACK])
+@pytest.mark.parametrize(
+    ("signum", "moment"),
+    [(signal.SIGINT, IN_A_CALLBACK), (signal.SIGTERM, "signal.raise_signal(number)")],
+)
 def test_a_signal_ends_the_command_with_the_shells_status(signum, moment):
     code = (
         "import signal\n"
@@ -126,3 +251,22 @@ def test_a_signal_ends_the_command_with_the_shells_status(signum, moment):
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (128 + signum, "begun\n", "")
+
+
+def test_output_that_nobody_reads_any_more_ends_the_command_quietly():
+    code = (
+        "from ae_jax import cli\n"
+        "def action():\n"
+        "    for _ in range(10**6): print('line')\n"
+        "cli.exit_with(action)"
+    )
+    done = subprocess.run(
+        f'"{sys.executable}" -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}',
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    expected = (128 + signal.SIGPIPE, "line\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == expected

@@ -1,183 +1,165 @@
-"""The commands as a user types them, each in a process of its own."""
+"""The experiments as a user types them, each in a process of its own."""
 
 import ast
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 from conftest import ROOT
-from test_trainer import assert_same_end
+from life import (
+    assert_same_end,
+    error_line,
+    rows_of,
+    run,
+    snapshot,
+    start,
+    steps_of,
+)
 
-from ae_jax import records, run
+from ae_jax.runs.figures import FIGURES
+from ae_jax.runs.run import open_run
 
-SMALL = [
-    *("--preset", "quick", "--train.seed", "0", "--train.num-epochs", "15"),
-    *("--model.hidden", "16", "8"),
-]
-
-
-def command(*args, cwd=ROOT):
-    """Run ``python ARGS`` as from a shell; paths in ARGS may lie under ROOT."""
-    return subprocess.run(
-        [sys.executable, *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+SMALL = ("--preset", "quick", "--model.hidden", 16, 8, "--train.batch-size", 450)
+DENOISE = ("--objective.name", "denoising", "--objective.sigma", 0.1)
 
 
-def tutorial(folder, *options):
-    return ["-m", "experiments.tutorial", *SMALL, "--run-dir", str(folder), *options]
+def tutorial(run_dir, *options):
+    return ("-m", "experiments.tutorial", *SMALL, "--run-dir", run_dir, *options)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of the tutorial and what its command printed; read only."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    done = command(*tutorial(folder))
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+def denoised(tmp_path_factory):
+    """A finished run of 60 epochs of 4 steps, and what its command printed."""
+    run_dir = tmp_path_factory.mktemp("denoised") / "run"
+    status, out, err = run(*tutorial(run_dir, *DENOISE, "--train.num-epochs", 60))
+    assert status == 0, err
+    return run_dir, out
 
 
-def test_tutorial_ends_in_scores_and_figures(finished):
-    folder, shown = finished
-    drawn = {path.stem for path in (folder / "figures").glob("*.png")}
-    assert drawn == set(run.FIGURES)
-    assert "test, PCA of 3 components" in shown
-    assert "dead code units: " in shown
-    lines = [line for line in shown.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 15
-    assert lines[-1].startswith("epoch 15/15  train/mse 0.0")
+def test_the_tutorial_denoises_and_ends_in_scores_and_figures(denoised):
+    run_dir, out = denoised
+    assert {p.stem for p in (run_dir / "figures").glob("*.png")} == set(FIGURES)
+    lines = out.splitlines()
+    epochs = [line for line in lines if line.startswith("epoch ")]
+    assert len(epochs) == 60
+    assert epochs[-1].startswith("epoch 60/60  train/denoising_mse 0.0")
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for name, key in {
+        "train/denoising_mse": "train/denoising_mse",
+        "test, reconstructed": "test/mse",
+        "test, PCA of 3 components": "baseline/pca/test/mse",
+        "test, mean training image": "baseline/mean_image/test/mse",
+    }.items():
+        (line,) = [line for line in lines if line.startswith(name)]
+        assert float(line.removeprefix(name).split()[0]) == round(summary[key], 5)
+
+
+def test_the_same_command_again_says_finished_and_touches_nothing(denoised):
+    before = snapshot(denoised[0])
+    options = tutorial(denoised[0], *DENOISE, "--train.num-epochs", 60)
+    status, out, err = run(*options)
+    assert (status, err) == (0, "")
+    assert out == (
+        f"{denoised[0]} is finished. A larger --train.num-epochs continues it.\n"
+    )
+    assert snapshot(denoised[0]) == before
+
+
+def test_killed_and_interrupted_it_ends_in_the_same_bits(denoised, tmp_path):
+    """By SIGKILL, SIGTERM and SIGINT, one after the other."""
+    options = tutorial(tmp_path / "run", *DENOISE, "--train.num-epochs", 60)
+    saved = 0
+    for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+        process = start(*options, "--checkpoint.every-steps", 3)
+        while not (steps := newer(tmp_path / "run", saved)):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.005)
+        process.send_signal(signum)
+        err = process.communicate(timeout=60)[1]
+        kill = signum == signal.SIGKILL
+        assert process.returncode == (-9 if kill else 128 + signum), err
+        assert "Traceback" not in err
+        if saved:
+            assert f"resumed at step {saved}" in err
+        saved = open_run(tmp_path / "run").step
+        assert steps[-1] <= saved < 240
+        if not kill:
+            assert f"interrupted: step {saved} is saved" in err
+    status, _, err = run(*options)
+    assert status == 0, err
+    assert f"resumed at step {saved}" in err
+    assert_same_end(tmp_path / "run", denoised[0])
+
+
+def newer(run_dir, saved):
+    """The checkpoints after a step that there are by now."""
+    if not (run_dir / "checkpoints").exists():
+        return []
+    return [step for step in steps_of(run_dir) if step > saved]
+
+
+def test_a_runs_own_config_starts_it_again_elsewhere(denoised, tmp_path):
+    config = ("--config", denoised[0] / "config.json", "--run-dir", tmp_path / "run")
+    status, _, err = run("-m", "experiments.tutorial", *config)
+    assert status == 0, err
+    assert_same_end(tmp_path / "run", denoised[0])
+
+
+def test_a_run_that_diverges_ends_with_status_1(tmp_path):
+    options = ("--train.learning-rate", "1e30", "--model.latent-activation", "none")
+    status, _, err = run(*tutorial(tmp_path / "run", *options))
+    assert status == 1
+    line = error_line(err)
+    assert "diverged at step" in line
+    assert "try a smaller --train.learning-rate" in line
 
 
 @pytest.mark.parametrize(
-    ("signum", "status"),
-    [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
-    ids=str,
+    ("options", "told"),
+    [
+        (("--run-dir", "README.md/run"), "README.md"),
+        (("--run-dir", "docs"), "docs: in the way, and not a run folder"),
+        (("--train.init-from", "nowhere"), "nowhere"),
+        (("--model.name", "conv", "--model.hidden", 1, 1, 1, 1), "model.hidden: 4 st"),
+        (("--data.num-validation", 5000), "data.num_validation: must be below 1437"),
+    ],
 )
-def test_a_disturbed_run_ends_as_an_undisturbed_one(finished, tmp_path, signum, status):
-    args = tutorial(tmp_path / "run", "--checkpoint.every-steps", "7")
-    process = subprocess.Popen(
-        [sys.executable, *args], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    while not list((tmp_path / "run" / "checkpoints").glob("[0-9]*[0-9]")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.send_signal(signum)
-    _, told = process.communicate()
-    assert process.returncode == status
-    assert "Traceback" not in told
-    step = run.open_run(tmp_path / "run").step
-    assert 0 < step < 15 * 23
-    again = command(*args)
-    assert again.returncode == 0, again.stderr
-    assert f"going on from step {step}" in again.stderr
-    assert_same_end(tmp_path / "run", finished[0])
+def test_a_users_mistake_is_one_line_and_status_2(options, told, tmp_path):
+    place = () if "--run-dir" in options else ("--run-dir", tmp_path / "run")
+    preset = ("--preset", "quick")
+    status, out, err = run("-m", "experiments.tutorial", *preset, *place, *options)
+    assert (status, out) == (2, "")
+    assert told in error_line(err)
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_command_says_so(finished):
-    again = command(*tutorial(finished[0]))
-    assert (again.returncode, again.stderr) == (0, "")
-    assert "is finished after 15 epochs" in again.stdout
-
-
-def test_the_runs_own_config_starts_it_again_elsewhere(finished, tmp_path):
-    folder = tmp_path / "run"
-    config = ["--config", finished[0] / "config.json", "--run-dir", folder]
-    done = command("-m", "experiments.tutorial", *config)
-    assert done.returncode == 0, done.stderr
-    assert_same_end(folder, finished[0])
+def test_the_seeds_of_the_study_are_runs_that_every_command_takes(tmp_path):
+    options = (*("--num-seeds", 4, "--together", 4), *SMALL)
+    command = ("-m", "experiments.seeds", "--run-dir", tmp_path / "study", *options)
+    status, out, err = run(*command, "--train.num-epochs", 1)
+    assert status == 0, err
+    assert "median test MSE of all" in out
+    members = sorted((tmp_path / "study").glob("*/*/config.json"))
+    assert [path.parent.name for path in members] == ["0", "1", "2", "3"]
+    losses = {rows_of(path.parent)[0]["train/mse"] for path in members}
+    assert len(losses) == 4
+    assert open_run(members[2].parent).config.train.seed == 2
+    before = snapshot(tmp_path / "study")
+    status, out, _ = run(*command, "--train.num-epochs", 1)
+    assert (status, "is finished" in out) == (0, True)
+    assert snapshot(tmp_path / "study") == before
 
 
 def test_python_m_experiments_lists_them_a_line_each():
-    shown = command("-m", "experiments").stdout.splitlines()
+    status, out, _ = run("-m", "experiments")
+    assert status == 0
     names = {path.stem for path in (ROOT / "experiments").glob("[!_]*.py")}
-    assert {line.split()[2] for line in shown} == {f"experiments.{n}" for n in names}
-    for line in shown:
-        path = ROOT / "experiments" / f"{line.split()[2].split('.')[1]}.py"
-        assert ast.get_docstring(ast.parse(path.read_text())).splitlines()[0] in line
-
-
-def test_plot_draws_all_figures_or_those_named(finished):
-    done = command("scripts/plot.py", finished[0])
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(run.FIGURES)
-    one = command("scripts/plot.py", finished[0], "samples")
-    assert one.stdout == f"{finished[0]}/figures/samples.png\n"
-
-
-def test_evaluate_gives_the_numbers_of_the_summary(finished):
-    done = command("scripts/evaluate.py", finished[0], "--json")
-    scores = json.loads(done.stdout)
-    summary = records.read_json(finished[0] / "summary.json")
-    for name in ("test/mse", "test/psnr_db", "test/ssim", "code/dead_units"):
-        assert scores[name] == summary[name]
-    shown = command("scripts/evaluate.py", finished[0], "--checkpoint", "best").stdout
-    assert "test/mse" in shown
-
-
-def test_compare_shows_differences_scores_and_curves_and_keeps_a_result(
-    finished, tmp_path
-):
-    other = tmp_path / "other"
-    config = ["--config", finished[0] / "config.json", "--run-dir", other]
-    command("-m", "experiments.tutorial", *config, "--train.seed", "1")
-    done = command(
-        ROOT / "scripts" / "compare.py", finished[0], other, "--result", "two",
-        cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "train.seed: 0, 1" in done.stdout
-    assert str(finished[0].parent / "compare.png") in done.stdout
-    result = records.read_json(tmp_path / "experiments" / "results" / "two.json")
-    assert set(result) == {
-        "experiment", "command", "date", "machine", "versions", "seeds", "headline",
-        "table",
-    }  # fmt: skip
-    assert result["seeds"] == [0, 1]
-    head = result["headline"]
-    assert head["healthy"] + head["part_dead"] + head["collapsed"] == 2
-    summary = records.read_json(other / "summary.json")
-    assert result["table"][1]["test/mse"] == summary["test/mse"]
-
-
-def test_tables_in_readme_and_docs_are_up_to_date():
-    done = command("scripts/tables.py", "--check")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["scripts/plot.py", "nowhere"], "nowhere: not a run folder"),
-        (["scripts/evaluate.py", "nowhere"], "nowhere: not a run folder"),
-        (["scripts/compare.py", "nowhere"], "compare needs two runs or more, got 1"),
-        (["scripts/compare.py", "a", "b"], "a: not a run folder"),
-        (
-            ["-m", "experiments.tutorial", "--config", "nowhere.json"],
-            "--config: cannot read nowhere.json",
-        ),
-        (
-            ["-m", "experiments.tutorial", "--run-dir", "README.md/run"],
-            "README.md/run: ",
-        ),
-    ],
-)
-def test_a_users_mistake_gets_one_line_and_status_2(args, message):
-    done = command(*args)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {message}")
-    assert done.stderr.count("\n") == 1
-    assert done.stdout == ""
-
-
-def test_a_wrong_figure_name_is_answered_with_the_nearest(finished):
-    done = command("scripts/plot.py", finished[0], "sample")
-    assert done.returncode == 2
-    assert "did you mean samples?" in done.stderr
+    listed = {
+        line.split()[2].removeprefix("experiments."): line for line in out.splitlines()
+    }
+    assert set(listed) == names
+    for name, line in listed.items():
+        text = (ROOT / "experiments" / f"{name}.py").read_text()
+        assert line.endswith(ast.get_docstring(ast.parse(text)).splitlines()[0])

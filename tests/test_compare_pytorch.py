@@ -1,26 +1,37 @@
-"""The comparison with PyTorch: its report is whole, and it goes on where it was."""
+"""The comparison with PyTorch: its report is whole, and it resumes where it was."""
 
-import ast
-import contextlib
 import dataclasses
 import json
-import re
 import signal
 import subprocess
 import sys
 import time
 
-import jax
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from ae_jax import data, interop, records, report, run
-from ae_jax.config import DataConfig, TrainConfig, UserError
+from ae_jax import data, files
+from ae_jax.config import TrainConfig
+from ae_jax.errors import UserError
+from ae_jax.models.dense import Autoencoder
+from ae_jax.parity import report
+from ae_jax.runs.run import open_run
 from experiments import compare_pytorch as compare
 
 pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
+
+TINY = compare.Comparison(
+    data=data.Digits(),
+    model=Autoencoder(hidden=(16, 8)),
+    train=TrainConfig(num_epochs=1),
+    lockstep_epochs=1,
+    drift_steps=5,
+    num_seeds=2,
+    seeds_at_once=2,
+    speed_rounds=2,
+    speed_steps=3,
+)
 
 # Runs the command without PyTorch.
 NO_TORCH = """
@@ -35,39 +46,6 @@ runpy.run_module("experiments.compare_pytorch", run_name="__main__")
 """
 
 
-def tiny(folder, **fields):
-    sizes = {
-        "lockstep_epochs": 1,
-        "drift_steps": 5,
-        "num_seeds": 2,
-        "seeds_at_once": 1,
-        "speed_rounds": 2,
-        "speed_steps": 3,
-    }
-    return compare.Comparison(
-        run_dir=folder,
-        data=DataConfig(name="digits"),
-        train=TrainConfig(num_epochs=1),
-        **{**sizes, **fields},
-    )
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return data.load(DataConfig(name="digits"))
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished comparison's config; read only."""
-    config = tiny(tmp_path_factory.mktemp("finished") / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        # Without its compiler, torch.compile fails as it does where there is none.
-        patch.setattr(torch, "compile", fail)
-        compare.compare(config)
-    return config
-
-
 def fail(model):
     def forward(x):
         raise RuntimeError("no working C++ compiler")
@@ -75,78 +53,82 @@ def fail(model):
     return forward
 
 
-# --- The run folder ---
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished comparison's config; read only."""
+    config = dataclasses.replace(TINY, run_dir=tmp_path_factory.mktemp("done") / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        # Without its compiler, torch.compile fails as it does where there is none.
+        patch.setattr(torch, "compile", fail)
+        compare.main(config)
+    return config
 
 
-def test_a_comparison_leaves_report_numbers_and_figures(finished):
+def test_a_comparison_leaves_report_numbers_figures_and_runs(finished):
     folder = finished.run_dir
     drawn = {path.name for path in (folder / "figures").iterdir()}
     assert drawn == {"lockstep.png", "drift.png", "distributions.png"}
-    found = records.read_json(folder / "parity.json")
+    found = files.read_json(folder / "parity.json")
+    json.dumps(found, allow_nan=False)
     steps = [row["step"] for row in found["mini"] + found["whole"]]
     assert steps == [4, 8, 12, 23]
-    assert [row["seed"] for row in found["ours"]] == [0, 1]
-    assert [row["seed"] for row in found["theirs"]] == [0, 1]
     assert all(row["passed"] for row in found["checks"])
-    assert set(found["drift"]) == set(report.DRIFT)
+    assert found["drift"].keys() == report.DRIFT.keys()
     assert set(found["headline"]) == {
         "lockstep_f64_12_abs", "lockstep_f64_23_nrel", "tost_p", "ks_p",
-        "collapse_fisher_p", "speed_ratio_best", "speed_ratio_item_by_item",
+        "collapse_fisher_p",
     }  # fmt: skip
-    json.dumps(found, allow_nan=False)
-    versions = records.read_description(folder)["versions"]
+    for side in ("ours", "theirs"):
+        assert [row["seed"] for row in found[side]] == [0, 1]
+    test = data.load(finished.data).test.images
+    for row in found["ours"]:
+        run = open_run(folder / "ours" / str(row["seed"]))
+        assert run.score_split(test)["mse"] == row["test/mse"]
+    assert "no working C++ compiler" in (folder / "report.html").read_text()
+    versions = files.read_json(folder / "config.json")["versions"]
     assert versions["torch"] == torch.__version__
-
-
-def test_report_is_self_contained_and_whole(finished):
-    page = (finished.run_dir / "report.html").read_text()
-    assert re.findall(r'(?:src|href)="(.{10})', page) == ["data:image"] * 3
-    assert not re.search(r"url\(|@import|<script|<link", page)
-    for words in (
-        "layer by layer", "Lockstep in float64", "Drift in float32", "Many seeds",
-        "Speed and memory", "Where ports go wrong", "no working C++ compiler",
-    ):  # fmt: skip
-        assert words in page
-    opened = re.findall(r"<(\w+)[^>]*>", page.partition("<style>")[0])
-    assert "html" in opened
-    for tag in ("table", "tr", "td", "th", "p", "h2", "code"):
-        assert len(re.findall(f"<{tag}[ >]", page)) == page.count(f"</{tag}>")
 
 
 def test_a_finished_comparison_is_left_and_says_so(finished, capsys):
     before = (finished.run_dir / "report.html").stat().st_mtime_ns
-    compare.compare(finished)
+    compare.main(finished)
     assert "is finished" in capsys.readouterr().out
     assert (finished.run_dir / "report.html").stat().st_mtime_ns == before
 
 
 def test_only_what_is_not_finished_is_done_again(finished, tmp_path, capsys):
-    folder = tmp_path / "run"
-    folder.mkdir()
+    config, lines = dataclasses.replace(finished, run_dir=tmp_path / "run"), []
+    compare.describe(
+        dataclasses.replace(config, run_dir=tmp_path), data.load(config.data)
+    )
+    config.run_dir.mkdir()
+    (tmp_path / "config.json").rename(config.run_dir / "config.json")
     lines = (finished.run_dir / "finished.jsonl").read_text().splitlines(keepends=True)
-    (folder / "finished.jsonl").write_text("".join(lines[:-1]))
-    config = dataclasses.replace(finished, run_dir=folder)
-    description = records.read_description(finished.run_dir)
-    records.write_json(folder / "config.json", description)
-    compare.compare(config)
+    (config.run_dir / "finished.jsonl").write_text("".join(lines[:-1]))
+    compare.main(config)
     done = [line for line in capsys.readouterr().out.splitlines() if " … " in line]
     assert [line.partition(" …")[0] for line in done] == ["PyTorch's seed 1"]
-    # The same seed comes to the same end.
+    # The same seeds come to the same end.
     one, other = (
-        records.read_json(path / "parity.json") for path in (finished.run_dir, folder)
+        files.read_json(path / "parity.json")
+        for path in (finished.run_dir, config.run_dir)
     )
     assert one["theirs"] == other["theirs"]
     assert one["headline"] == other["headline"]
 
 
 def test_a_piece_that_fails_leaves_those_before_it(tmp_path):
-    ledger = compare.Ledger(tmp_path / "finished.jsonl")
+    path = tmp_path / "finished.jsonl"
+    ledger = compare.Ledger(path)
     assert ledger.once("one", lambda: {"a": (1, 2)}) == {"a": [1, 2]}
     with pytest.raises(ZeroDivisionError):
         ledger.once("two", lambda: 1 / 0)
-    again = compare.Ledger(tmp_path / "finished.jsonl")
+    again = compare.Ledger(path)
     assert again.once("one", lambda: 1 / 0) == {"a": [1, 2]}
     assert again.once("two", lambda: 2) == 2
+    path.write_text('{"piece": "one"')
+    with pytest.raises(UserError, match=r"finished.jsonl: damaged"):
+        compare.Ledger(path)
 
 
 def test_a_signal_ends_the_command_and_what_is_finished_is_kept(tmp_path):
@@ -163,37 +145,45 @@ def test_a_signal_ends_the_command_and_what_is_finished_is_kept(tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate()
-    assert (process.returncode, told) == (143, "")
+    _, stderr = process.communicate()
+    assert (process.returncode, stderr) == (143, "")
     ledger = compare.Ledger(folder / "finished.jsonl")
     assert ledger.once("layers in float32", lambda: 1 / 0)["exact"]
 
 
-def test_another_comparison_in_the_folder_is_refused(finished):
-    for other, message in (
-        (dataclasses.replace(finished, num_seeds=4), "num_seeds: the run has 2"),
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_seeds": 4}, "num_seeds: the run has 2, you asked for 4"),
+        ({"train": TrainConfig(num_epochs=2)}, "train.num_epochs: the run has 1, you"),
+    ],
+)
+def test_another_comparison_in_the_folder_is_refused(finished, change, message):
+    with pytest.raises(UserError, match=message):
+        compare.main(dataclasses.replace(finished, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         (
-            dataclasses.replace(finished, train=TrainConfig(num_epochs=2)),
-            "train.num_epochs: the run has 1, you asked for 2",
+            {"model": Autoencoder(latent_activation="none")},
+            "model.latent_activation: m",
         ),
-    ):
-        with pytest.raises(UserError, match=message):
-            compare.compare(other)
+        ({"train": TrainConfig(weight_decay=0.1)}, "train.weight_decay: must be 0.0"),
+        ({"data": data.Digits(num_validation=10)}, "data.num_validation: must be 0"),
+        ({"num_seeds": 0}, "num_seeds: "),
+    ],
+)
+def test_what_the_pytorch_side_does_not_do_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
 
 
-def test_a_damaged_ledger_is_told_in_one_line(tmp_path):
-    (tmp_path / "finished.jsonl").write_text('{"piece": "one"')
-    with pytest.raises(UserError, match=r"finished.jsonl: damaged"):
-        compare.Ledger(tmp_path / "finished.jsonl")
-
-
-def test_a_lockstep_that_fails_is_status_1(finished, capsys):
-    found = records.read_json(finished.run_dir / "parity.json")
-    worse = [{**row, "mu_abs": float("nan")} for row in found["mini"]]
-    checks = compare.check_lockstep(worse, found["whole"])
-    assert [row["passed"] for row in checks] == [False, True]
+def test_a_check_that_fails_is_status_1(tmp_path, capsys):
+    check = {"what": "float64", "value": float("nan"), "limit": 1e-10, "passed": False}
     with pytest.raises(SystemExit) as end:
-        compare.tell(checks, finished.run_dir / "report.html")
+        compare.say([check], tmp_path / "report.html")
     assert end.value.code == 1
     assert "FAILED" in capsys.readouterr().out
 
@@ -208,103 +198,26 @@ def test_without_pytorch_one_line_says_what_to_install(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: PyTorch is not installed; ")
-    assert "-c constraints.txt -e '.[torch]'" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("part", "field", "value"),
-    [
-        ("model", "code_activation", "leaky_relu"),
-        ("train", "weight_decay", 0.1),
-        ("train", "precision", "float64"),
-        ("data", "num_validation", 10),
-    ],
-)
-def test_what_the_pytorch_side_does_not_do_is_refused(part, field, value):
-    config = compare.Comparison()
-    changed = dataclasses.replace(getattr(config, part), **{field: value})
-    with pytest.raises(ValueError, match=f"{part}.{field}: must be "):
-        dataclasses.replace(config, **{part: changed})
-
-
-def test_a_size_of_zero_is_refused():
-    with pytest.raises(ValueError, match="num_seeds: must be above 0, got 0"):
-        compare.Comparison(num_seeds=0)
-
-
-def test_only_the_reference_measures_what_the_result_shows(tmp_path):
-    reference = compare.PRESETS["reference"]
-    elsewhere = DataConfig(dir=tmp_path)
-    moved = dataclasses.replace(reference, run_dir=tmp_path, data=elsewhere)
-    assert compare.is_reference(moved)
-    assert not compare.is_reference(compare.PRESETS["quick"])
-    assert not compare.is_reference(dataclasses.replace(reference, num_seeds=33))
-
-
-def test_the_result_has_flat_numbers_and_rows(finished, tmp_path, monkeypatch):
+def test_only_the_reference_becomes_the_result(finished, tmp_path, monkeypatch):
+    moved = dataclasses.replace(TINY, run_dir=tmp_path, data=data.Digits(dir=tmp_path))
+    assert not compare.differ(TINY, moved)
+    assert compare.differ(TINY, dataclasses.replace(TINY, num_seeds=3))
+    assert compare.differ(*compare.PRESETS.values())
     monkeypatch.setattr(compare, "ROOT", tmp_path)
-    found = records.read_json(finished.run_dir / "parity.json")
-    compare.write_result(found, finished)
-    result = records.read_json(
-        tmp_path / "experiments" / "results" / "compare_pytorch.json"
+    monkeypatch.setitem(compare.PRESETS, "reference", TINY)
+    description, found = (
+        files.read_json(finished.run_dir / name)
+        for name in ("config.json", "parity.json")
     )
+    compare.write_report(moved, description, found)
+    path = tmp_path / "experiments" / "results" / "compare_pytorch.json"
+    result = files.read_json(path)
     assert result["seeds"] == [0, 1]
-    assert all(isinstance(value, float) for value in result["headline"].values())
-    assert {row["part"] for row in result["table"]} == {"check", "runs", "speed"}
-
-
-# --- What is measured ---
-
-
-def test_each_test_that_the_report_names_exists():
-    named = [pitfall.test for pitfall in report.PITFALLS] + [report.CATCHES]
-    for name in named:
-        path, _, test = name.partition("::")
-        tree = ast.parse((ROOT / path).read_text())
-        assert test in {node.name for node in tree.body if hasattr(node, "name")}, name
-
-
-def test_members_of_a_group_are_single_runs(digits, tmp_path):
-    config = tiny(tmp_path)
-    rows = compare.train_ours(compare.Pair(config, digits), [0, config.train.seed])
-    assert [row["seed"] for row in rows] == [0, config.train.seed]
-    pair = compare.Pair(config, digits)
-    program = pair.ours()
-    (alone,) = compare.our_epochs(
-        program.train_step,
-        program.init(),
-        digits.train.images,
-        [pair.shuffle(program, 0)],
-    )
-    weights, test = interop.to_linen(alone.params), digits.test.images
-    recon = run.in_blocks(program.reconstruct, weights, test)
-    np.testing.assert_allclose(rows[1]["test/mse"], compare.mse(recon, test), rtol=1e-5)
-
-
-def test_our_side_leaves_the_state_it_starts_from(digits, tmp_path):
-    pair = compare.Pair(tiny(tmp_path), digits)
-    program = pair.ours()
-    state = program.init()
-    orders = [pair.shuffle(program, 0)] * 2
-    for _ in compare.our_epochs(program.train_step, state, digits.train.images, orders):
-        pass
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert int(state.step) == 0
-
-
-def test_both_sides_are_single_again_after_an_error():
-    seen = []
-
-    def look():
-        seen.append((str(jax.numpy.ones(1).dtype), torch.ones(1).dtype))
-
-    with contextlib.suppress(ZeroDivisionError), compare.precision("float64"):
-        look()
-        raise ZeroDivisionError
-    look()
-    assert seen == [("float64", torch.float64), ("float32", torch.float32)]
+    assert result["headline"] == found["headline"]
 
 
 def test_ratios_are_of_times_within_a_round():

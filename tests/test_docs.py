@@ -23,7 +23,9 @@ def test_the_snippets_of_a_page_are_one_program_that_runs(page, tmp_path, monkey
         exec(compile(above + snippet[1], page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [*sorted(ROOT.glob("*.md")), *PAGES], ids=lambda page: page.stem
+)
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target

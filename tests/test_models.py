@@ -1,261 +1,322 @@
+"""Models: any leading axes, parameters alone, PyTorch's first draws."""
+
+import dataclasses
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
+from conftest import random_like
 
-from ae_jax.config import UserError
-from ae_jax.models import (
-    ACTIVATIONS,
-    MODELS,
-    Autoencoder,
-    ConvAutoencoder,
-    double,
-    draw_together,
-    halve,
-    uniform_within,
-)
+from ae_jax import devices
+from ae_jax.config import TrainConfig
+from ae_jax.errors import UserError
+from ae_jax.keys import Purpose, key_for
+from ae_jax.models import MODELS
+from ae_jax.models.conv import ConvAutoencoder
+from ae_jax.models.dense import Autoencoder
+from ae_jax.models.layers import downsample, uniform_within, upsample
+from ae_jax.objectives import Reconstruction
+from ae_jax.runs import program
 
-KEY = jax.random.key(0)
-
-
-def params_of(model, num_pixels):
-    return jax.jit(model.init)(KEY, jnp.zeros((1, num_pixels), model.dtype))["params"]
-
-
-def images(count, num_pixels):
-    return jax.random.uniform(jax.random.key(1), (count, num_pixels))
+SHAPE, LEADING = (5, 6, 3), (2, 4)
+KEY = key_for(0, Purpose.INIT)
+IMAGES = np.random.default_rng(0).random((*LEADING, *SHAPE))
+WIDTHS = {Autoencoder: (11, 9), ConvAutoencoder: (4, 7)}
+"""Of models whose defaults compile slowly, or are large."""
 
 
-@pytest.fixture(params=MODELS, ids=str)
-def model(request):
-    return MODELS[request.param](shape=(5, 4), hidden=(8, 6), code_width=4)
+def make(cls, shape=SHAPE, precision="float64", **options):
+    """A model none of whose units is dead, and parameters for it."""
+    fields = {field.name for field in dataclasses.fields(cls)}
+    options = {"hidden": WIDTHS.get(cls), "latent_activation": "none", **options}
+    options = {k: v for k, v in options.items() if v and k in fields}
+    net = cls(**options).make(shape, precision)
+    with devices.numerics(precision):
+        variables = jax.eval_shape(net.init, KEY, jnp.zeros(shape))
+        return net, random_like(variables["params"])
 
 
-def test_encode_then_decode_equals_call(model):
-    params, x = params_of(model, 20), images(5, 20)
-    code = model.apply({"params": params}, x, method="encode")
-    recon = model.apply({"params": params}, code, method="decode")
-    assert code.shape == (5, 4)
-    np.testing.assert_array_equal(recon, model.apply({"params": params}, x))
+def forward(net, method="__call__"):
+    return jax.jit(lambda params, x: net.apply({"params": params}, x, method=method))
 
 
-def test_reconstructions_are_pixels(model):
-    recon = model.apply({"params": params_of(model, 20)}, images(5, 20))
-    assert recon.shape == (5, 20)
-    assert ((recon >= 0) & (recon <= 1)).all()
+@pytest.fixture(params=MODELS.values(), ids=list(MODELS))
+def cls(request):
+    return request.param
 
 
-def test_each_example_is_reconstructed_by_itself(model):
-    params, x = params_of(model, 20), images(5, 20)
-    whole = model.apply({"params": params}, x)
-    one = model.apply({"params": params}, x[2:3])
-    np.testing.assert_allclose(whole[2:3], one, rtol=1e-6)
+# --- Laws of every model --------------------------------------------------------------
 
 
-def test_jit_changes_nothing_but_rounding(model):
-    params, x = params_of(model, 20), images(5, 20)
-    plain = model.apply({"params": params}, x)
-    np.testing.assert_allclose(jax.jit(model.apply)({"params": params}, x), plain, 1e-6)
+def test_any_leading_axes_give_the_same_values_and_each_image_is_by_itself(cls):
+    net, params = make(cls)
+    with devices.numerics("float64"):
+        call, x = forward(net), jnp.asarray(IMAGES)
+        recon = call(params, x)
+        assert recon.shape == x.shape
+        kinds = {leaf.dtype.name for leaf in jax.tree.leaves((params, recon))}
+        assert kinds == {"float64"}
+        flat = call(params, x.reshape(-1, *SHAPE))
+        np.testing.assert_allclose(flat.reshape(x.shape), recon, rtol=1e-12)
+        np.testing.assert_allclose(call(params, x[1, 2]), recon[1, 2], rtol=1e-12)
+
+
+def test_call_is_decode_of_encode_and_decode_the_sigmoid_of_logits(cls):
+    net, params = make(cls)
+    if not hasattr(net, "encode"):
+        pytest.skip("has no latent")
+    with devices.numerics("float64"):
+        x = jnp.asarray(IMAGES)
+        latent = forward(net, "encode")(params, x)
+        assert latent.shape[:-1] == LEADING
+        recon = forward(net, "decode")(params, latent)
+        np.testing.assert_allclose(recon, forward(net)(params, x), rtol=1e-12)
+        logits = np.asarray(forward(net, "logits")(params, latent))
+        np.testing.assert_allclose(recon, 1 / (1 + np.exp(-logits)), rtol=1e-12)
+        assert ((recon > 0) & (recon < 1)).all()
+
+
+def test_jit_changes_nothing_but_rounding(cls):
+    net, params = make(cls)
+    with devices.numerics("float64"):
+        x = jnp.asarray(IMAGES[0])
+        plain = net.apply({"params": params}, x)
+        np.testing.assert_allclose(forward(net)(params, x), plain, rtol=1e-12)
+
+
+def test_the_gradient_reaches_every_parameter(cls):
+    net, params = make(cls)
+    with devices.numerics("float64"):
+        x = jnp.asarray(IMAGES)
+
+        @jax.jit
+        @jax.grad
+        def gradient(params):
+            return jnp.square(net.apply({"params": params}, x) - x).mean()
+
+        for path, leaf in jax.tree.leaves_with_path(gradient(params)):
+            assert leaf.any(), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
+def test_precision_is_the_layers_and_latents_and_pixels_stay_fine(cls, precision):
+    net, params = make(cls, precision=precision)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+    exact, _ = make(cls)
+    with devices.numerics("float64"):
+        expected = forward(exact)(jax.tree.map(np.float64, params), jnp.asarray(IMAGES))
+        expected = np.asarray(expected)
+    with devices.numerics(precision):
+        x = jnp.asarray(IMAGES, "float32")
+        recon = forward(net)(params, x)
+        assert recon.dtype.name == "float32"
+        if hasattr(net, "encode"):
+            assert forward(net, "encode")(params, x).dtype.name == "float32"
+    recon = np.asarray(recon)
+    rtol = {"bfloat16": 0.05, "tf32": 1e-4}[precision]
+    np.testing.assert_allclose(recon, expected, rtol=rtol)
+    if precision == "bfloat16":
+        assert np.abs(recon - expected).max() > 1e-4
+        # Its own sigmoid would leave 96 grey levels between 0.38 and 0.62.
+        levels = np.unique(recon[(recon > 0.38) & (recon < 0.62)])
+        assert len(levels) > 96
+
+
+class Normed(nn.Module):
+    """Keeps running means beside its parameters."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.BatchNorm(use_running_average=False)(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormed:
+    def make(self, shape, precision):
+        return Normed()
+
+
+def test_a_model_with_state_beside_its_parameters_is_refused_by_name():
+    with pytest.raises(UserError, match=r"model Normed: has state .*batch_stats") as e:
+        program.build(BatchNormed(), Reconstruction(), TrainConfig(), 37, SHAPE)
+    assert "\n" not in str(e.value)
+
+
+# --- The dense one --------------------------------------------------------------------
 
 
 def test_the_tutorials_network_is_the_default():
-    params = params_of(Autoencoder(shape=(784,)), 784)
+    net = MODELS["autoencoder"]().make((28, 28, 1), "float32")
+    params = jax.eval_shape(net.init, KEY, jnp.zeros((28, 28, 1)))["params"]
     shapes = {name: layer["kernel"].shape for name, layer in params.items()}
+    widths = (784, 128, 64, 12, 3)
     assert shapes == {
-        "encoder_0": (784, 128),
-        "encoder_1": (128, 64),
-        "encoder_2": (64, 12),
-        "encoder_3": (12, 3),
-        "decoder_0": (3, 12),
-        "decoder_1": (12, 64),
-        "decoder_2": (64, 128),
-        "decoder_3": (128, 784),
+        f"{half}_{i}": pair
+        for half, chain in (("encoder", widths), ("decoder", widths[::-1]))
+        for i, pair in enumerate(itertools.pairwise(chain))
     }
 
 
-def test_forward_pass_equals_a_numpy_rewrite():
-    model = Autoencoder(shape=(20,), hidden=(8, 6), code_width=4)
-    params, x = params_of(model, 20), images(5, 20)
-    h = np.asarray(x, np.float64)
-    for half in ("encoder", "decoder"):
-        for i in range(3):
-            layer = params[f"{half}_{i}"]
-            h = h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
-            h = h if (half, i) == ("decoder", 2) else np.maximum(h, 0)
-    np.testing.assert_allclose(
-        model.apply({"params": params}, x), 1 / (1 + np.exp(-h)), rtol=1e-5
-    )
-
-
 @pytest.mark.parametrize(
-    ("activation", "expected"),
-    [("relu", [0.0, 2.0]), ("leaky_relu", [-0.01, 2.0]), ("none", [-1.0, 2.0])],
+    ("activation", "by_hand"),
+    [
+        ("relu", lambda z: np.maximum(z, 0)),
+        ("leaky_relu", lambda z: np.where(z > 0, z, 0.01 * z)),
+        ("none", lambda z: z),
+    ],
 )
-def test_code_activation_is_the_one_asked_for(activation, expected):
-    x = jnp.array([-1.0, 2.0])
-    np.testing.assert_allclose(ACTIVATIONS[activation](x), expected)
-    model = Autoencoder((20,), (8,), 4, code_activation=activation)
-    codes = model.apply(
-        {"params": params_of(model, 20)}, images(50, 20), method="encode"
-    )
-    assert bool((codes < 0).any()) == (activation != "relu")
+def test_the_dense_net_equals_a_numpy_rewrite(activation, by_hand):
+    net, params = make(Autoencoder, latent_activation=activation)
+    h, last = IMAGES.reshape(*LEADING, -1), len(WIDTHS[Autoencoder])
+    for half, i in itertools.product(("encoder", "decoder"), range(last + 1)):
+        layer = params[f"{half}_{i}"]
+        h = h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+        if i < last:
+            h = np.maximum(h, 0)
+        elif half == "encoder":
+            assert (h < 0).any()
+            h = latent = by_hand(h)
+    recon = 1 / (1 + np.exp(-h)).reshape(IMAGES.shape)
+    with devices.numerics("float64"):
+        x = jnp.asarray(IMAGES)
+        np.testing.assert_allclose(forward(net, "encode")(params, x), latent, 1e-10)
+        np.testing.assert_allclose(forward(net)(params, x), recon, rtol=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
-@given(fan_in=st.integers(1, 500))
-def test_torch_init_fills_its_bounds_uniformly(fan_in):
-    bound = fan_in**-0.5
-    draws = np.asarray(uniform_within(bound)(KEY, (20_000,), jnp.dtype("float32")))
-    assert np.abs(draws).max() <= bound
-    # Mean and variance of a uniform draw, each within five standard errors.
-    assert abs(draws.mean()) < 5 * bound / np.sqrt(3 * draws.size)
-    np.testing.assert_allclose(draws.var(), bound**2 / 3, rtol=0.05)
+@pytest.mark.parametrize("activation", ["relu", "none"])
+@pytest.mark.parametrize("cls", WIDTHS)
+def test_the_gradient_of_relu_at_zero_is_zero_as_in_torch(cls, activation):
+    # jnp.maximum(x, 0) would pass on half of it, and every other test. Black images
+    # and zero biases bring every unit to exactly zero.
+    net, params = make(cls, precision="float32", latent_activation=activation)
+    params = {k: {**v, "bias": jnp.zeros_like(v["bias"])} for k, v in params.items()}
 
-
-@pytest.mark.parametrize("initializer", ["torch", "he"])
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_parameters_drawn_together_are_those_drawn_apart(initializer, dtype):
-    jax.config.update("jax_enable_x64", dtype == "float64")
-    param_dtype = jnp.dtype(dtype)
-    model = Autoencoder((64,), (9,), initializer=initializer, param_dtype=param_dtype)
-
-    def init(key):
-        return model.init(key, jnp.zeros((1, 64), dtype))["params"]
-
-    keys = jax.random.split(jax.random.key(2), 2)
-    apart = jax.jit(jax.vmap(init))(keys)
-    together = jax.jit(jax.vmap(draw_together(init)))(keys)
-    assert jax.tree.leaves(together)[0].dtype == dtype
-    jax.tree.map(np.testing.assert_array_equal, together, apart)
-    # What is noted within is made outside again.
-    assert uniform_within(1.0)(KEY, (3,), param_dtype).any()
-
-
-@pytest.mark.parametrize(
-    ("initializer", "zero_bias", "variance"),
-    [("torch", False, 1 / 3), ("flax", True, 1), ("he", True, 2)],
-)
-def test_initialiser_is_the_one_asked_for(initializer, zero_bias, variance):
-    params = params_of(Autoencoder((784,), initializer=initializer), 784)
-    kernel, bias = params["encoder_0"]["kernel"], params["encoder_0"]["bias"]
-    assert bool((bias == 0).all()) == zero_bias
-    np.testing.assert_allclose(np.var(kernel), variance / 784, rtol=0.05)
-
-
-def test_a_convolution_halves_and_its_transpose_doubles_as_jaxs_own_do():
-    rng = np.random.default_rng(0)
-    for height in range(1, 8):
-        x = jnp.asarray(rng.random((2, height, 6, 3)), jnp.float32)
-        kernel = jnp.asarray(rng.random((3, 3, 3, 5)), jnp.float32)
-        down = jax.lax.conv_general_dilated(
-            *(x, kernel, (2, 2), "SAME"), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        latent = net.apply({"params": params}, jnp.zeros(SHAPE), method="encode")
+        black = jax.lax.stop_gradient(latent)
+        return (
+            latent.sum() + net.apply({"params": params}, black, method="logits").sum()
         )
-        np.testing.assert_allclose(halve(x, kernel), down, rtol=1e-5)
-        up = jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
-        np.testing.assert_allclose(double(x, kernel), up, rtol=1e-5)
+
+    found = {k for k, layer in gradient(params).items() if layer["bias"].any()}
+    assert found == {"decoder_2"} | ({"encoder_2"} if activation == "none" else set())
 
 
-SHAPES = [(7, 5, 3), (1, 9)]
+# --- The convolutional one ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("height", range(1, 6))
+def test_downsample_and_upsample_equal_jaxs_own_convolutions(height):
+    rng = np.random.default_rng(height)
+    x = jnp.asarray(rng.random((2, height, 6, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 5)), jnp.float32)
+    down = jax.lax.conv_general_dilated(
+        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    up = jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
+    np.testing.assert_allclose(jax.jit(downsample)(x, kernel), down, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(upsample)(x, kernel), up, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 9, 1)], ids=str)
 def test_conv_takes_images_of_any_size_and_equals_flaxs_own_layers(shape):
-    model = ConvAutoencoder(shape, (4, 6, 5), 7, code_activation="none")
-    num_pixels = int(np.prod(shape))
-    params, x = params_of(model, num_pixels), images(3, num_pixels)
+    hidden = (4, 6)
+    net, params = make(ConvAutoencoder, shape, hidden=hidden, latent_dim=8)
+    x = np.random.default_rng(0).random((2, *shape))
 
     def by_flax(params, x):
         def apply(layer, name, x):
             return layer.apply({"params": params[name]}, x)
 
-        h, sizes = x.reshape(3, *(*shape, 1)[:3]), []
-        for i, width in enumerate((4, 6, 5)):
+        h, sizes = x, []
+        for i, width in enumerate(hidden):
             sizes.append(h.shape)
             h = nn.relu(apply(nn.Conv(width, (3, 3), (2, 2)), f"encoder_{i}", h))
         left = h.shape
-        code = apply(nn.Dense(7), "encoder_3", h.reshape(3, -1))
-        h = apply(nn.Dense(np.prod(left[1:])), "decoder_0", code).reshape(left)
+        latent = apply(nn.Dense(8), "encoder_2", h.reshape(2, -1))
+        h = apply(nn.Dense(np.prod(left[1:])), "decoder_0", latent).reshape(left)
         for i, size in enumerate(reversed(sizes), start=1):
             layer = nn.ConvTranspose(size[3], (3, 3), (2, 2))
             h = apply(layer, f"decoder_{i}", nn.relu(h))[:, : size[1], : size[2]]
-        return code, nn.sigmoid(h).reshape(3, num_pixels)
+        return nn.sigmoid(h)
 
-    def ours(params, x):
-        code = model.apply({"params": params}, x, method="encode")
-        return code, model.apply({"params": params}, code, method="decode")
-
-    for found, expected in zip(
-        jax.jit(ours)(params, x), jax.jit(by_flax)(params, x), strict=True
-    ):
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_conv_begins_within_the_bounds_of_pytorchs_layers():
-    torch = pytest.importorskip("torch")
-    torch.manual_seed(0)
-    params = params_of(ConvAutoencoder((16, 16, 3), (8, 32), 9), 16 * 16 * 3)
-    theirs = {
-        "encoder_0": torch.nn.Conv2d(3, 8, 3),
-        "encoder_1": torch.nn.Conv2d(8, 32, 3),
-        "encoder_2": torch.nn.Linear(512, 9),
-        "decoder_0": torch.nn.Linear(9, 512),
-        "decoder_1": torch.nn.ConvTranspose2d(32, 8, 3),
-        "decoder_2": torch.nn.ConvTranspose2d(8, 3, 3),
-    }
-    assert set(params) == set(theirs)
-    for name, layer in theirs.items():
-        ours = params[name]["kernel"]
-        weight = layer.weight.detach().numpy()
-        assert ours.size == weight.size
-        np.testing.assert_allclose(np.abs(ours).max(), np.abs(weight).max(), rtol=0.05)
-        np.testing.assert_allclose(np.std(ours), weight.std(), rtol=0.15)
-        # The bias has few values: they lie within the kernel's bound, and fill it.
-        most = np.abs(params[name]["bias"]).max() / np.abs(weight).max()
-        assert 0.2 < most < 1.02
+    with devices.numerics("float64"):
+        expected = jax.jit(by_flax)(params, jnp.asarray(x))
+        np.testing.assert_allclose(
+            forward(net)(params, jnp.asarray(x)), expected, rtol=1e-12
+        )
 
 
 @pytest.mark.parametrize(
-    ("shape", "hidden", "told"),
+    ("shape", "stages", "told"),
     [
-        ((64,), (4,), r"model\.name: conv needs images of a height and a width"),
-        ((8, 8), (4,) * 4, r"model\.hidden: 4 stages.*8×8 pixels; at most 3"),
-        ((9, 2, 3), (4,) * 5, "9×2 pixels; at most 4"),
-        ((1, 1), (4,), "at most 0"),
+        ((8, 6, 1), 4, r"model\.hidden: 4 stages.*8×6 pixels; at most 3"),
+        ((9, 2, 3), 5, "9×2 pixels; at most 4"),
+        ((1, 1, 1), 1, "at most 0"),
     ],
 )
-def test_images_too_small_for_the_stages_are_refused(shape, hidden, told):
+def test_images_too_small_for_the_stages_are_refused(shape, stages, told):
     with pytest.raises(UserError, match=told):
-        ConvAutoencoder(shape, hidden)
-    fitting = hidden[: (max(shape[:2]) - 1).bit_length()]
-    if len(shape) > 1:
-        num_pixels = int(np.prod(shape))
-        params_of(ConvAutoencoder(shape, fitting, 2), num_pixels)
+        ConvAutoencoder(hidden=(4,) * stages).make(shape, "float32")
+    net = ConvAutoencoder(hidden=(4,) * (stages - 1)).make(shape, "float32")
+    recon = jax.eval_shape(net.init_with_output, KEY, jnp.zeros(shape))[0]
+    assert recon.shape == shape
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_in_bfloat16_codes_and_pixels_come_out_in_float32_and_near(kind):
-    fine, coarse = (
-        MODELS[kind]((5, 4), (8,), 4, code_activation="none", dtype=jnp.dtype(dtype))
-        for dtype in ("float32", "bfloat16")
-    )
-    params, x = params_of(fine, 20), jax.random.uniform(KEY, (64, 20))
-    outputs = [model.apply({"params": params}, x) for model in (fine, coarse)]
-    assert {output.dtype.name for output in outputs} == {"float32"}
-    np.testing.assert_allclose(*outputs, atol=0.01)
-    assert len(np.unique(outputs[1])) > 200  # bfloat16 has 96 between 0.38 and 0.62
-    code = coarse.apply({"params": params}, x, method="encode")
-    assert code.dtype == jnp.float32
+# --- First draws ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_double_precision_reaches_every_parameter(kind):
-    jax.config.update("jax_enable_x64", True)
-    double = jnp.dtype("float64")
-    model = MODELS[kind]((5, 4), (8,), 4, dtype=double, param_dtype=double)
-    params = params_of(model, 20)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float64"}
-    recon = model.apply({"params": params}, jnp.zeros((1, 20)))
-    assert recon.dtype == jnp.float64
+@pytest.mark.parametrize("fan_in", [1, 3, 784])
+def test_torch_init_fills_its_bounds_uniformly(fan_in):
+    bound = fan_in**-0.5
+    draws = np.asarray(uniform_within(bound)(KEY, (20_000,), jnp.dtype("float32")))
+    assert draws.min() >= -np.float32(bound)
+    assert draws.max() <= np.float32(bound)
+    # The share below each tenth of the range, within five standard errors.
+    shares = np.histogram(draws, bins=10, range=(-bound, bound))[0] / draws.size
+    np.testing.assert_allclose(shares, 0.1, atol=5 * np.sqrt(0.09 / draws.size))
+
+
+@pytest.mark.parametrize(("init", "variance"), [("flax", 1), ("he", 2)])
+def test_flaxs_and_hes_initialisers_have_their_variance_and_no_bias(init, variance):
+    net = Autoencoder((), latent_dim=40, init=init).make((30, 20, 1), "float32")
+    layer = net.init(KEY, jnp.zeros((30, 20, 1)))["params"]["encoder_0"]
+    assert not layer["bias"].any()
+    np.testing.assert_allclose(np.var(layer["kernel"]), variance / 600, rtol=0.05)
+
+
+LAYERS = {
+    "autoencoder": {
+        "encoder_0": torch.nn.Linear(16 * 12 * 3, 50),
+        "encoder_1": torch.nn.Linear(50, 30),
+        "decoder_0": torch.nn.Linear(30, 50),
+        "decoder_1": torch.nn.Linear(50, 16 * 12 * 3),
+    },
+    "conv": {
+        "encoder_0": torch.nn.Conv2d(3, 50, 3),
+        "encoder_1": torch.nn.Linear(8 * 6 * 50, 30),
+        "decoder_0": torch.nn.Linear(30, 8 * 6 * 50),
+        "decoder_1": torch.nn.ConvTranspose2d(50, 3, 3),
+    },
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_net_begins_within_the_bounds_of_pytorchs_layers(name):
+    net = MODELS[name](hidden=(50,), latent_dim=30).make((16, 12, 3), "float32")
+    params = jax.jit(net.init)(KEY, jnp.zeros((16, 12, 3)))["params"]
+    assert set(params) == set(LAYERS[name])
+    for layer, theirs in LAYERS[name].items():
+        kernel, weight = params[layer]["kernel"], theirs.weight.detach().numpy()
+        assert kernel.size == weight.size
+        bound = np.abs(weight).max()
+        np.testing.assert_allclose(np.abs(kernel).max(), bound, rtol=0.01)
+        np.testing.assert_allclose(np.std(kernel), weight.std(), rtol=0.05)
+        # A bias has few values: they lie within the same bound, and fill it.
+        assert 0.4 < np.abs(params[layer]["bias"]).max() / bound < 1.01

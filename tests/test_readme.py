@@ -1,74 +1,82 @@
 """What the README tells users to type does what it says."""
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_trainer import fit, small
 
-from ae_jax import data, losses, models, run
+import ae_jax
+from ae_jax import data
+from ae_jax.config import FiguresConfig, TrainConfig
+from ae_jax.data import Digits
 
 README = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.fixture
-def tables():
-    """Leave models, losses and data sets as they were."""
-    known = (models.MODELS, losses.LOSSES, data.DATASETS)
-    before = [dict(table) for table in known]
-    yield
-    for table, entries in zip(known, before, strict=True):
-        table.clear()
-        table.update(entries)
-
-
 def snippet(word):
-    (code,) = (code for code in SNIPPETS if word in code)
-    return code
+    (text,) = (text for text in SNIPPETS if word in text)
+    return text
 
 
-def test_the_lines_of_python_open_a_run(tmp_path):
-    fit(small(tmp_path / "run", num_epochs=1))
+def run_snippet(word) -> dict:
+    names = {"__name__": "notebook"}
+    exec(snippet(word), names)
+    return names
+
+
+def test_the_lines_of_python_train_and_open_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = "ae_jax.Config(train=ae_jax.config.TrainConfig(num_epochs=2), run_dir="
+    text = snippet("ae_jax.fit").replace("ae_jax.Config(run_dir=", short)
     names = {}
-    exec(snippet("open_run").replace("runs/tutorial", str(tmp_path / "run")), names)
-    assert names["codes"].shape == (360, 3)
+    exec(text, names)
+    assert names["latents"].shape == (360, 3)
     np.testing.assert_allclose(
         names["recon"], names["run"].reconstruct(names["images"]), rtol=1e-6
     )
+    error = np.square(names["recon"] - names["images"] / 255).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(names["scores"]["mse"], error, rtol=1e-4)
+    assert len(names["figure"].axes) > 0
 
 
 @pytest.mark.parametrize(
-    ("module", "option", "field", "name"),
+    ("section", "cls", "loss"),
     [
-        (models, "model", "name", "linear"),
-        (data, "data", "name", "bars"),
-        (losses, "train", "loss", "mae"),
+        ("objective", "Masked", "masked_mse"),
+        ("model", "LinearAutoencoder", "mse"),
+        ("data", "Bars", "mse"),
     ],
-    ids=str,
 )
-@pytest.mark.usefixtures("tables")
-def test_what_the_readme_adds_can_be_trained(tmp_path, module, option, field, name):
-    import dataclasses
-
-    exec(snippet(f'["{name}"]'), vars(module))
-    config = small(tmp_path / "run", num_epochs=2)
-    part = dataclasses.replace(getattr(config, option), **{field: name})
-    fit(dataclasses.replace(config, **{option: part}))
-    loss = f"train/{name if option == 'train' else 'mse'}"
-    first, last = run.open_run(tmp_path / "run").rows
-    assert last[loss] < first[loss]
-
-
-def test_every_module_is_on_the_map_in_reading_order():
-    shown = re.findall(r"^\| `(\w+)\.py` \|", README, re.MULTILINE)
-    from test_imports import MAP
-
-    assert shown == list(MAP)
+def test_what_the_readme_adds_can_be_trained(tmp_path, section, cls, loss):
+    config = ae_jax.Config(
+        run_dir=tmp_path / "run",
+        data=Digits(),
+        train=TrainConfig(num_epochs=2),
+        figures=FiguresConfig(draw=False),
+    )
+    own = run_snippet(f"class {cls}")[cls]()
+    run = ae_jax.fit(dataclasses.replace(config, **{section: own}))
+    first, last = run.metrics
+    assert last[f"train/{loss}"] < first[f"train/{loss}"]
+    assert run.at("best").step == run.step
 
 
 def test_every_data_set_is_in_the_table():
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) == set(
         data.DATASETS
     )
+
+
+def test_every_module_is_on_the_map():
+    part = README.partition("## Read it")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]*) \|", part, re.MULTILINE)[1:]
+    shown = set(re.findall(r"`([\w/]+?)(?:\.py|/)`", " ".join(rows)))
+    there = {
+        path.stem
+        for path in (ROOT / "ae_jax").iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert shown == there - {"__init__"}

@@ -1,0 +1,169 @@
+"""What the models are made of: number formats, initialisers, layers."""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+Initializer = Callable[..., Array]
+Layer = TypeVar("Layer", bound=nn.Module)
+Precision = Literal["float32", "float64", "bfloat16", "tf32"]
+Init = Literal["torch", "flax", "he"]
+Activation = Literal["relu", "leaky_relu", "none"]
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": nn.relu,
+    "leaky_relu": nn.leaky_relu,
+    "none": lambda x: x,
+}
+
+KERNELS: dict[str, Initializer] = {
+    "flax": nn.initializers.lecun_normal(),
+    "he": nn.initializers.he_normal(),
+}
+"""Initialisers of kernels whose biases begin at 0: truncated normal, of variance
+1/fan_in (Flax's default) and 2/fan_in (He et al. 2015, "Delving deep into rectifiers",
+equation 10)."""
+
+
+def layer_dtype(precision: str) -> jnp.dtype:
+    """What the layers compute in; ``tf32`` is a way to multiply float32."""
+    return jnp.dtype({"tf32": "float32"}.get(precision, precision))
+
+
+def param_dtype(precision: str) -> jnp.dtype:
+    """What parameters, optimiser, losses, latents and pixels are kept in."""
+    return jnp.dtype("float64" if precision == "float64" else "float32")
+
+
+def uniform_within(bound: float) -> Initializer:
+    """Initialiser: uniform in [−bound, bound).
+
+    Source:
+        PyTorch ``nn.Linear.reset_parameters``, which uses bound = 1/√fan_in for the
+        kernel **and** the bias. (Its ``kaiming_uniform_(a=√5)`` comes to just that.)
+    """
+
+    def init(key: Key[Array, ""], shape: tuple[int, ...], dtype: Any) -> Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def make_layer(
+    layer: Callable[..., Layer],
+    width: int,
+    fan_in: int,
+    init: str,
+    precision: str,
+) -> Layer:
+    """A layer with a kernel and a bias.
+
+    Args:
+        layer: ``nn.Dense`` or one of those below.
+        width: features that come out.
+        fan_in: what PyTorch takes for it, which bounds its initial weights.
+        init: ``torch`` (see :func:`uniform_within`), or a name in :data:`KERNELS`.
+        precision: see :func:`layer_dtype` and :func:`param_dtype`.
+    """
+    if init == "torch":
+        kernel = bias = uniform_within(fan_in**-0.5)
+    else:
+        kernel, bias = KERNELS[init], nn.initializers.zeros
+    return layer(
+        width,
+        dtype=layer_dtype(precision),
+        param_dtype=param_dtype(precision),
+        kernel_init=kernel,
+        bias_init=bias,
+    )
+
+
+def downsample(
+    x: Float[Array, "*B H W C"], kernel: Float[Array, "3 3 C F"]
+) -> Float[Array, "*B h w F"]:
+    """Convolution of stride 2: a size of H becomes ⌈H/2⌉.
+
+    As one matrix product. In a loop on CPU, XLA's own convolutions take twenty times as
+    long as that.
+
+    Source:
+        ``jax.lax.conv_general_dilated`` with padding SAME, which it equals.
+    """
+    (height, width), batch = x.shape[-3:-1], [(0, 0)] * (x.ndim - 3)
+    x = jnp.pad(x, (*batch, (height % 2, 1), (width % 2, 1), (0, 0)))
+    height, width = -(-height // 2), -(-width // 2)
+    patches = jnp.concatenate(
+        [
+            x[..., i : i + 2 * height : 2, j : j + 2 * width : 2, :]
+            for i in range(3)
+            for j in range(3)
+        ],
+        axis=-1,
+    )
+    return patches @ kernel.reshape(patches.shape[-1], -1)
+
+
+def upsample(
+    x: Float[Array, "*B H W C"], kernel: Float[Array, "3 3 C F"]
+) -> Float[Array, "*B 2*H 2*W F"]:
+    """Transposed convolution of stride 2, as one product, see :func:`downsample`.
+
+    Source:
+        ``jax.lax.conv_transpose`` with padding SAME, which it equals.
+    """
+    (*batch, height, width, _), features = x.shape, kernel.shape[-1]
+    # Along an axis the pixels 2i and 2i + 1 come from the inputs i - 1 and i, and this
+    # is which row of the kernel takes part; the fourth is zero.
+    rows = np.array([[0, 3], [2, 1]])
+    kernel = jnp.pad(kernel, ((0, 1), (0, 1), (0, 0), (0, 0)))
+    kernel = kernel[rows[:, None, :, None], rows[None, :, None, :]]
+    matrix = kernel.transpose(0, 1, 4, 2, 3, 5).reshape(-1, 4 * features)
+    x = jnp.pad(x, (*[(0, 0)] * len(batch), (1, 0), (1, 0), (0, 0)))
+    patches = jnp.concatenate(
+        [x[..., i : i + height, j : j + width, :] for i in (0, 1) for j in (0, 1)],
+        axis=-1,
+    )
+    y = (patches @ matrix).reshape(*batch, height, width, 2, 2, features)
+    return jnp.swapaxes(y, -4, -3).reshape(*batch, 2 * height, 2 * width, features)
+
+
+class _Convolution(nn.Module):
+    """A layer with a 3×3 kernel and a bias; arguments as of ``nn.Dense``."""
+
+    features: int
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    kernel_init: Initializer
+    bias_init: Initializer
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B H W C"]) -> Float[Array, "*B h w F"]:
+        shape = (3, 3, x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, shape[-1:], self.param_dtype)
+        x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
+        return self.convolve(x, kernel) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Downsample(_Convolution):
+    """:func:`downsample` with a bias."""
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """The convolution alone."""
+        return downsample(x, kernel)
+
+
+class Upsample(_Convolution):
+    """:func:`upsample` with a bias."""
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """The convolution alone."""
+        return upsample(x, kernel)

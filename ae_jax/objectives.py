@@ -1,0 +1,198 @@
+"""Objectives: what training minimises, of one image.
+
+An objective is a frozen dataclass whose fields are its options. Called with a model,
+its parameters, one image and a key for its draws, it gives the image's loss and other
+metrics. It knows of no batch: :func:`batched` maps it over one, so that no draw and no
+score depends on the other images. To add one: write it and add a line to
+:data:`OBJECTIVES`.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+from pydantic import Field, FiniteFloat
+
+from ae_jax.errors import UserError
+from ae_jax.options import options
+from ae_jax.train import Params
+
+Loss = Float[Array, ""]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What the trunk asks of an objective."""
+
+    @property
+    def loss_name(self) -> str:
+        """Names the loss where it is logged: ``train/mse``, ``val/mse``."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Params,
+        x: Float[Array, "H W C"],
+        key: Key[Array, ""],
+    ) -> tuple[Loss, dict[str, Float[Array, ""]]]:
+        """The loss of one image, pixels in [0, 1], and other metrics by name."""
+
+
+def apply(model: nn.Module, params: Params, x: Array, method: str = "__call__") -> Any:
+    """What a method of the model gives for some input.
+
+    Raises:
+        UserError: the model has none of this name.
+    """
+    if not hasattr(model, method):
+        name = type(model).__name__
+        raise UserError(f"model {name}: has no {method}, which is needed here; add it")
+    return model.apply({"params": params}, x, method=method)
+
+
+def squared_error(
+    recon: Float[Array, "H W C"], target: Float[Array, "H W C"]
+) -> Float[Array, ""]:
+    """Mean squared pixel error of one image.
+
+    Args:
+        recon: reconstruction, in the pixel scale of ``target``.
+        target: pixels in [0, 1].
+
+    Returns:
+        Mean over the pixels (not their sum), in squared pixel units.
+
+    Raises:
+        ValueError: the two shapes differ; broadcasting is never wanted here.
+
+    Source:
+        PyTorch ``nn.MSELoss()`` of one image.
+
+    Example:
+        >>> grey, target = jnp.full((1, 2, 1), 0.5), jnp.array([[[0.5], [1.0]]])
+        >>> float(squared_error(grey, target))
+        0.125
+    """
+    if recon.shape != target.shape:
+        raise ValueError(f"recon is {recon.shape}, target {target.shape}: not the same")
+    return jnp.mean(jnp.square(recon - target))
+
+
+def binary_cross_entropy(
+    logits: Float[Array, "H W C"], target: Float[Array, "H W C"]
+) -> Float[Array, ""]:
+    """Cross-entropy of one image's pixels, as coin flips with bias sigmoid(logits).
+
+    Args:
+        logits: log odds of white, of each pixel.
+        target: pixels in [0, 1].
+
+    Returns:
+        Mean over the pixels, in nats per pixel.
+
+    Raises:
+        ValueError: the two shapes differ.
+
+    Source:
+        PyTorch ``nn.BCEWithLogitsLoss()`` of one image.
+
+    Example:
+        >>> even = jnp.zeros((1, 2, 1))
+        >>> round(float(binary_cross_entropy(even, jnp.array([[[0.0], [1.0]]]))), 4)
+        0.6931
+    """
+    if logits.shape != target.shape:
+        raise ValueError(
+            f"logits are {logits.shape}, target {target.shape}: not the same"
+        )
+    white, black = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+    return -jnp.mean(target * white + (1 - target) * black)
+
+
+@options
+class Reconstruction:
+    """The image itself, by way of the latent."""
+
+    loss: Literal["mse", "bce"] = "mse"
+    """Mean squared error, or binary cross-entropy in nats per pixel."""
+
+    @property
+    def loss_name(self) -> str:
+        """The loss's name."""
+        return self.loss
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Params,
+        x: Float[Array, "H W C"],
+        key: Key[Array, ""],
+    ) -> tuple[Loss, dict[str, Float[Array, ""]]]:
+        """It draws nothing. Beside the cross-entropy ``mse`` is reported."""
+        del key
+        if self.loss == "mse":
+            return squared_error(apply(model, params, x), x), {}
+        latent = apply(model, params, x, "encode")
+        logits = apply(model, params, latent, "logits")
+        mse = squared_error(jax.nn.sigmoid(logits), x)
+        return binary_cross_entropy(logits, x), {"mse": mse}
+
+
+@options
+class Denoising:
+    """The clean image, from a noisy one."""
+
+    sigma: Annotated[FiniteFloat, Field(ge=0)] = 0.25
+    """Standard deviation of the Gaussian noise; white is 1."""
+    loss_name: ClassVar[str] = "denoising_mse"
+
+    def __call__(self, model: Any, params: Any, x: Any, key: Any) -> Any:
+        """The squared error of what the model makes of the noisy image."""
+        noisy = x + self.sigma * jax.random.normal(key, x.shape, x.dtype)
+        return squared_error(apply(model, params, jnp.clip(noisy, 0, 1)), x), {}
+
+
+OBJECTIVES: dict[str, type[Any]] = {
+    "reconstruction": Reconstruction,
+    "denoising": Denoising,
+}
+"""The objectives by the name that ``--objective.name`` takes."""
+
+RESERVED = ("grad_norm", "learning_rate")
+"""Names under which the train step and the schedule are logged."""
+
+
+def batched(
+    objective: Objective, model: nn.Module
+) -> Callable[..., dict[str, Float[Array, " B"]]]:
+    """An objective over a batch: what is minimised, validated and scored.
+
+    Returns:
+        ``losses(params, x [B, H, W, C], keys [B])`` to the loss, under its own name,
+        and the metrics of each image, by name.
+
+    Raises:
+        UserError: when it is traced: a name is used twice, or a value is no scalar.
+    """
+    who = type(objective).__name__
+
+    def of_one(
+        params: Params, x: Float[Array, "H W C"], key: Key[Array, ""]
+    ) -> dict[str, Float[Array, ""]]:
+        loss, metrics = objective(model, params, x, key)
+        for name in (objective.loss_name, *RESERVED):
+            if name in metrics:
+                raise UserError(f"objective {who}: {name} names two metrics; rename it")
+        named = {objective.loss_name: loss, **metrics}
+        for name, value in named.items():
+            if jnp.shape(value) != ():
+                raise UserError(
+                    f"objective {who}: {name} has shape {jnp.shape(value)}; it must be "
+                    "a scalar, of one image"
+                )
+        return {name: jnp.asarray(value) for name, value in named.items()}
+
+    return jax.vmap(of_one, (None, 0, 0))

@@ -1,0 +1,53 @@
+"""Options as frozen dataclasses: checked when they are made, whoever makes them.
+
+A class under :func:`options` is an option group of the command line, an object of
+``config.json`` and a constructor for notebooks at once.
+"""
+
+import functools
+from typing import Any, TypeVar, dataclass_transform
+
+import pydantic
+from pydantic.dataclasses import dataclass
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(pydantic.Field,))
+def options(cls: type[T]) -> type[T]:
+    """Make a frozen dataclass whose fields are checked by pydantic.
+
+    Raises:
+        ValueError: from the constructor, in one line that names each wrong field.
+    """
+    made: Any = dataclass(frozen=True, config={"extra": "forbid"})(cls)
+    init = made.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise ValueError(explain(error)) from None
+
+    made.__init__ = __init__
+    checked: type[T] = made
+    return checked
+
+
+def explain(error: pydantic.ValidationError, prefix: str = "") -> str:
+    """What is wrong, in one line: ``train.batch_size: input should be …, got 0``.
+
+    Args:
+        error: pydantic's, of any number of fields.
+        prefix: dotted path of the object that was checked.
+    """
+
+    def one(part: Any) -> str:
+        message = part["msg"].removeprefix("Value error, ")
+        path = ".".join(map(str, (*filter(None, [prefix]), *part["loc"])))
+        if part["type"] == "value_error":  # a check of ours, which says what it got
+            return f"{path}: {message}" if path else message
+        return f"{path}: {message[0].lower()}{message[1:]}, got {part['input']!r}"
+
+    return "; ".join(map(one, error.errors()))

@@ -1,0 +1,1 @@
+"""Ours beside PyTorch: both trainings in lockstep, and the report on them."""

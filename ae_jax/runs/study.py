@@ -1,0 +1,198 @@
+"""A study: a folder of ordinary runs, and what they come to.
+
+``RUN_DIR/study.json`` holds its options, ``RUN_DIR/CELL/SEED/`` its runs, and
+``RUN_DIR/summary.json`` its result. An experiment says which cells there are, each the
+config of a run, and summarises them; the rest is done here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+from pydantic import PositiveInt
+
+from ae_jax import collapse, config, files
+from ae_jax.config import CheckpointConfig, Config, FiguresConfig
+from ae_jax.errors import UserError
+from ae_jax.options import options
+from ae_jax.runs import folder
+from ae_jax.runs.trainer import train_in_folders
+
+
+@options
+class Study(Config):
+    """A run's options, and how many seeds of it; ``train.seed`` is the first.
+
+    Of each of many runs the newest checkpoint is enough, and figures wait for a wish.
+    """
+
+    num_seeds: PositiveInt = dataclasses.field(default=64, metadata={"resume": "raise"})
+    """How many seeds; may be raised later."""
+    together: PositiveInt = 8
+    """Seeds that share a program, side by side; another number, other bits."""
+    checkpoint: CheckpointConfig = config.section(
+        lambda: CheckpointConfig(keep=1), resume="free"
+    )
+    figures: FiguresConfig = config.section(
+        lambda: FiguresConfig(epochs=(), draw=False), resume="free"
+    )
+
+
+class Cell(NamedTuple):
+    """A setting of a study.
+
+    Attributes:
+        config: of its runs, but for their folder and seed.
+        num_seeds: how many of them.
+    """
+
+    config: Config
+    num_seeds: int
+
+
+Rows = list[dict[str, Any]]
+"""The summary.json of each run of a cell, with its ``seed`` and its ``run_dir``."""
+S = TypeVar("S", bound=Study)
+
+
+def run_study(
+    name: str,
+    study: S,
+    cells: Callable[[S, Mapping[str, Rows]], Mapping[str, Cell]],
+    summarise: Callable[[S, Mapping[str, Rows]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Train the runs of a study, resume them, or find them finished.
+
+    Args:
+        name: the experiment's.
+        study: its options.
+        cells: ``(study, rows so far)`` to its settings by name; asked again until none
+            is new, so that later ones may depend on what the first came to.
+        summarise: ``(study, rows by cell)`` to the content of summary.json.
+
+    Returns:
+        The summary.
+
+    Raises:
+        UserError: the folder is in use or holds another study; see also
+            :func:`trainer.train_runs`.
+    """
+    path = study.run_dir / "summary.json"
+    with folder.lock(study.run_dir, "study.json"):
+        saved = _check_known(name, study)
+        if path.exists() and saved == study:
+            print(f"{study.run_dir} is finished: see summary.json there")
+            return dict(files.read_json(path))
+        path.unlink(missing_ok=True)
+        plain = {"format": folder.FORMAT, "experiment": name}
+        plain["study"] = config.to_json(study)
+        files.write_json(study.run_dir / "study.json", plain)
+        rows: dict[str, Rows] = {}
+        while new := {k: v for k, v in cells(study, rows).items() if k not in rows}:
+            for cell_name, cell in new.items():
+                configs = member_configs(study, cell_name, cell)
+                train_in_folders(configs, name, study.together)
+                rows[cell_name] = [_row_of(one) for one in configs]
+        summary = summarise(study, rows)
+        files.write_json(path, summary)
+    return summary
+
+
+def _check_known(name: str, study: S) -> S | None:
+    path = study.run_dir / "study.json"
+    if not path.exists():
+        return None
+    plain = files.read_json(path)
+    if not isinstance(plain, dict) or plain.get("format") != folder.FORMAT:
+        raise UserError(
+            f"{path}: not a study of this version; choose another --run-dir"
+        )
+    if plain["experiment"] != name:
+        raise UserError(
+            f"{study.run_dir} holds a study of experiments.{plain['experiment']}; "
+            "choose another --run-dir"
+        )
+    values = {**plain["study"], "run_dir": str(study.run_dir)}
+    saved = config.from_json(type(study), values, str(path), unknown=True)
+    config.check_same_run(saved, study)
+    return saved
+
+
+def member_configs(study: Study, cell_name: str, cell: Cell) -> list[Config]:
+    """The configs of a cell's runs, each in a folder of its own."""
+    fields = {field.name for field in dataclasses.fields(Config)}
+    values = {name: getattr(cell.config, name) for name in fields}
+    first = cell.config.train.seed
+    return [
+        Config(
+            **{
+                **values,
+                "run_dir": study.run_dir / slug(cell_name) / str(seed),
+                "train": dataclasses.replace(cell.config.train, seed=seed),
+            }
+        )
+        for seed in range(first, first + cell.num_seeds)
+    ]
+
+
+def slug(name: str) -> Path:
+    """A cell's name as that of its folder; a slash in it makes a folder above.
+
+    Example:
+        >>> str(slug("long/learning rate: 3e-4"))
+        'long/learning-rate-3e-4'
+    """
+    words = "".join(c if c.isalnum() or c in "-./" else " " for c in name).split()
+    return Path("-".join(words).lower())
+
+
+def _row_of(settings: Config) -> dict[str, Any]:
+    summary = folder.read_summary(settings.run_dir) or {}
+    row = {"seed": settings.train.seed, "run_dir": str(settings.run_dir), **summary}
+    dead = summary.get("latent/dead_units", 0)  # none where none can die
+    latent_dim = getattr(settings.model, "latent_dim", 1)
+    return {**row, "outcome": collapse.outcome(dead, latent_dim)}
+
+
+def curves_by_outcome(rows: Rows) -> dict[str, list[tuple[list[int], list[float]]]]:
+    """Epochs and training losses of runs, by what became of them."""
+    curves: dict[str, Any] = {name: [] for name in collapse.OUTCOMES}
+    for row in rows:
+        epochs = folder.read_metrics(Path(row["run_dir"]))
+        loss = f"train/{folder.loss_name_of(epochs[0])}"
+        curve = [e["epoch"] for e in epochs], [e[loss] for e in epochs]
+        curves[row["outcome"]].append(curve)
+    return curves
+
+
+def outcome_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """The outcomes of :func:`collapse.summarise_runs` as rows of a table.
+
+    Its columns are outcome, number, share with its 95 % interval, median test MSE.
+    """
+    rows = []
+    for name in collapse.OUTCOMES:
+        key = name.replace("-", "_")
+        share, low, high = (summary[f"share_{key}{e}"] for e in ("", "_low", "_high"))
+        mse = summary[f"test/mse/{key}"]
+        shown = f"{share:.0%} ({low:.0%} to {high:.0%})"
+        rows.append([name, str(summary[key]), shown, f"{mse:.4f}" if mse else "–"])
+    return rows
+
+
+def median_line(summary: Mapping[str, Any]) -> str:
+    """The median test MSE of all runs, with its 95 % interval."""
+    median, low, high = (summary[f"test/mse/median{e}"] for e in ("", "_low", "_high"))
+    return f"median test MSE of all {median:.4f} (95 %: {low:.4f} to {high:.4f})"
+
+
+def use_all_cores() -> None:
+    """Have JAX see each core as a device, so that seeds are split over them.
+
+    One seed alone cannot keep two cores busy, two seeds on one core each do. For
+    commands: it must come before anything asks for JAX's devices. Where there is an
+    accelerator, it changes nothing.
+    """
+    jax.config.update("jax_num_cpu_devices", folder.usable_cores())

@@ -1,0 +1,112 @@
+"""The tutorial's training in PyTorch, fed and updated in other ways: how fast is each?
+
+For compare_pytorch and scripts/benchmark.py, which set ours beside them.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from ae_jax.runs.folder import usable_cores
+from ae_jax.runs.timing import stopwatch
+from experiments.pytorch_baseline import (
+    Autoencoder,
+    make_loader,
+    scaled_batches,
+    train_epoch,
+)
+
+Contender = Callable[[int], object]  # trains so many steps
+
+
+def make_contenders(
+    images: UInt8[np.ndarray, "N H W C"],
+    make_model: Callable[[], Autoencoder],
+    batch_size: int,
+    learning_rate: float,
+) -> dict[str, Contender]:
+    """The ways to feed and to update this network in PyTorch, the tutorial's first.
+
+    Args:
+        images: stored pixels, 0 to 255.
+        make_model: gives each contender a model of its own.
+        batch_size: B.
+        learning_rate: Adam's.
+    """
+    stored = torch.from_numpy(images)
+    (scaled,) = scaled_batches(stored, [torch.arange(len(stored))])
+    tensors = DataLoader(TensorDataset(scaled), batch_size=batch_size, shuffle=True)
+    items = make_loader(images, batch_size, seed=0)
+
+    def in_memory(num_steps: int) -> Iterator[Float[Tensor, "B D"]]:
+        order = torch.randperm(len(stored)).split(batch_size)
+        return scaled_batches(stored, order[-num_steps:])  # the short one among them
+
+    def contender(
+        batches: Callable[[int], Iterable[Tensor]],
+        fused: bool | None = None,
+        compiled: bool = False,
+    ) -> Contender:
+        model = make_model()
+        optimizer = torch.optim.Adam(model.parameters(), learning_rate, fused=fused)
+        forward: Any = torch.compile(model) if compiled else model
+        return lambda steps: train_epoch(forward, optimizer, batches(steps))
+
+    return {
+        "item_by_item": contender(lambda steps: itertools.islice(items, steps)),
+        "data_loader": contender(
+            lambda steps: (batch for (batch,) in itertools.islice(tensors, steps))
+        ),
+        "in_memory": contender(in_memory),
+        "fused": contender(in_memory, fused=True),
+        "compiled": contender(in_memory, fused=True, compiled=True),
+    }
+
+
+def race(
+    contenders: dict[str, Contender], num_steps: int, num_rounds: int
+) -> dict[str, Any]:
+    """Time all contenders in turns, round by round; whatever compiles does so before.
+
+    Args:
+        contenders: of :func:`make_contenders`, and others; if there is no compiler,
+            ``compiled`` is removed.
+        num_steps: that each takes in a round.
+        num_rounds: so a machine that slows down slows all of them.
+
+    Returns:
+        ``rounds``: of each, the seconds by contender; ``threads``: one or all cores,
+        whichever PyTorch was faster with; ``failed``: why ``compiled`` is missing.
+    """
+
+    def seconds(num_threads: int) -> float:
+        torch.set_num_threads(num_threads)
+        contenders["fused"](5)
+        return stopwatch(contenders["fused"], 30)
+
+    before, failed = torch.get_num_threads(), None
+    threads = min({1, usable_cores()}, key=seconds)
+    torch.set_num_threads(threads)  # code is compiled for that many
+    for name, contender in list(contenders.items()):
+        try:
+            contender(5)
+        except Exception as error:  # whatever a compiler may lack
+            if name != "compiled":
+                raise
+            failed = str(error).strip().splitlines()[0]
+            del contenders[name]
+    rounds = [
+        {
+            name: stopwatch(contender, num_steps)
+            for name, contender in contenders.items()
+        }
+        for _ in range(num_rounds)
+    ]
+    torch.set_num_threads(before)
+    return {"rounds": rounds, "threads": threads, "failed": failed}

@@ -1,0 +1,425 @@
+"""Runs from Python, as in a notebook: no command line, no switch, no global state."""
+
+import asyncio
+import dataclasses
+import logging
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import types
+
+import jax
+import numpy as np
+import pytest
+from conftest import ROOT
+from life import assert_same_end, rows_of, run, small, snapshot, train_until
+
+import ae_jax
+from ae_jax import objectives, registry
+from ae_jax.config import CheckpointConfig, FiguresConfig
+from ae_jax.errors import UserError
+from ae_jax.runs import figures
+
+# --- One process, many runs ---------------------------------------------------------
+
+
+def test_import_loads_no_jax_until_it_is_used():
+    code = (
+        "import sys, ae_jax; assert 'jax' not in sys.modules; ae_jax.Config; "
+        "assert 'jax' in sys.modules; assert 'orbax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_twice_in_one_process_is_the_same_run(tmp_path):
+    first = ae_jax.fit(small(tmp_path / "a"))
+    again = ae_jax.fit(small(tmp_path / "b"))
+    assert_same_end(first.folder, again.folder)
+    assert repr(first) == f"<Run {first.folder}: step 6, 2 of 2 epochs>"
+
+
+def test_float64_and_float32_follow_each_other(tmp_path):
+    before = ae_jax.fit(small(tmp_path / "before"))
+    double = ae_jax.fit(small(tmp_path / "double", precision="float64"))
+    after = ae_jax.fit(small(tmp_path / "after"))
+    assert_same_end(before.folder, after.folder)
+    images = after.data().test.images[:3]
+    assert [r.encode(images).dtype for r in (double, after)] == [np.float64, np.float32]
+
+
+def test_an_event_loop_that_runs_does_not_disturb_it(tmp_path):
+    """Jupyter's cells run in one."""
+
+    async def cell():
+        train_until(4, small(tmp_path / "loop"))
+        run = ae_jax.fit(small(tmp_path / "loop"))
+        await asyncio.sleep(0)
+        return run.at(3).reconstruct(run.data().test.images[:2])
+
+    recon = asyncio.run(cell())
+    ae_jax.fit(small(tmp_path / "plain"))
+    assert_same_end(tmp_path / "loop", tmp_path / "plain")
+    assert recon.shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_thread_other_than_the_main_one_does_it_too(precision, tmp_path):
+    config, runs = small(tmp_path / "thread", precision=precision), []
+
+    def work():
+        train_until(4, config)
+        runs.append(ae_jax.fit(config))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    other = ae_jax.fit(dataclasses.replace(config, run_dir=tmp_path / "main"))
+    assert_same_end(runs[0].folder, other.folder)
+
+
+def switches():
+    """What a call must leave as it was."""
+    known = logging.root.manager.loggerDict
+    loggers = [logging.root, *(logging.getLogger(name) for name in known)]
+    return {
+        "levels": {log.name: log.level for log in loggers},
+        "handlers": {log.name: list(log.handlers) for log in loggers},
+        "signals": [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)],
+        "hooks": (sys.excepthook, sys.unraisablehook, threading.excepthook),
+        "x64": jax.config.jax_enable_x64,
+        "precision": jax.config.jax_default_matmul_precision,
+        "cache": jax.config.jax_compilation_cache_dir,
+        "folder": os.getcwd(),
+        "environment": dict(os.environ),
+    }
+
+
+def test_the_users_process_is_as_it_was(tmp_path):
+    ae_jax.fit(small(tmp_path / "first", precision="float64"))  # all is imported now
+    before = switches()
+    train_until(4, small(tmp_path / "run", precision="float64"))
+    ae_jax.fit(small(tmp_path / "run", precision="float64")).encode(np.zeros((1, 64)))
+    with pytest.raises(UserError):
+        ae_jax.fit(small(tmp_path / "run"))
+    assert switches() == before
+
+
+# --- A run's own methods ------------------------------------------------------------
+
+
+def test_images_go_in_in_any_form_and_come_out_as_images(finished_run):
+    images = finished_run.data().test.images[:7]
+    forms = [
+        images,
+        images.reshape(7, 64),
+        images[..., 0],
+        images / 255,
+        (images / 255).astype(np.float32),
+    ]
+    latents = [finished_run.encode(form) for form in forms]
+    for other in latents[1:]:
+        np.testing.assert_allclose(other, latents[0], atol=1e-6)
+    assert latents[0].shape == (7, 3)
+    decoded = finished_run.decode(latents[0])
+    recon = finished_run.reconstruct(images)
+    assert recon.shape == images.shape
+    np.testing.assert_allclose(decoded, recon, rtol=1e-6)
+    scores = finished_run.scores(images)["mse"]
+    np.testing.assert_allclose(
+        scores, ((recon - images / 255) ** 2).mean((1, 2, 3)), rtol=1e-5
+    )
+    values = (recon, scores, *latents, decoded)
+    assert {type(value) for value in values} == {np.ndarray}
+
+
+def test_a_block_of_images_is_scored_as_each_of_them(finished_run):
+    images = np.concatenate([finished_run.data().train.images[:1003]])
+    whole = finished_run.encode(images)
+    np.testing.assert_allclose(whole[1000:], finished_run.encode(images[1000:]), 1e-4)
+    noisy = objectives.Denoising(0.3)
+    first, again = (finished_run.scores(images, noisy, seed=s) for s in (1, 1))
+    other = finished_run.scores(images, noisy, seed=2)
+    np.testing.assert_array_equal(first["denoising_mse"], again["denoising_mse"])
+    assert (first["denoising_mse"] != other["denoising_mse"]).all()
+    assert finished_run.encode(images[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((2, 28, 28, 1), np.uint8),
+        np.zeros((2, 8, 8, 3), np.uint8),
+        np.zeros((2, 63)),
+        np.zeros((8, 8)),
+        np.zeros((2, 64), bool),
+    ],
+)
+def test_images_of_another_shape_are_told_the_one_wanted(images, finished_run):
+    with pytest.raises(UserError, match=r"takes \[N, 8, 8, 1\] or \[N, 64\], uint8 or"):
+        finished_run.encode(images)
+
+
+def test_a_run_is_pickled_as_its_folder_and_step(finished_run):
+    earlier = finished_run.at(21)
+    content = pickle.dumps(earlier)
+    assert len(content) < 1000
+    again = pickle.loads(content)
+    assert again.step == 21
+    images = again.data().test.images[:3]
+    np.testing.assert_array_equal(again.encode(images), earlier.encode(images))
+
+
+def test_best_and_latest_are_different_parameters(finished_run):
+    images = finished_run.data().test.images
+    by_step = [finished_run.at(step).score_split(images)["mse"] for step in (21, 42)]
+    assert by_step[0] != by_step[1] != finished_run.score_split(images)["mse"]
+
+
+# --- Classes of a notebook ----------------------------------------------------------
+
+CELL = """
+import dataclasses
+import jax, jax.numpy as jnp, numpy as np
+import flax.linen as nn
+from ae_jax.data import Arrays
+
+SCALE = [2.0]
+
+def weigh(x):
+    return SCALE[0] * x
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+    power: int = 2
+    loss_name = "weighted"
+    def __call__(self, model, params, x, key):
+        error = jnp.abs(model.apply({"params": params}, x) - x)
+        return weigh(jnp.mean(error ** self.power)), {"worst": jnp.max(error)}
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    width: int = 5
+    def make(self, shape, precision):
+        return Net(shape, self.width)
+
+class Net(nn.Module):
+    shape: tuple
+    width: int
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.width)(x.reshape(*x.shape[:-3], -1))
+        size = self.shape[0] * self.shape[1] * self.shape[2]
+        return nn.sigmoid(nn.Dense(size)(x)).reshape(*x.shape[:-1], *self.shape)
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    num: int = 90
+    def load(self):
+        images = np.random.default_rng(0).integers(0, 256, (self.num, 4, 6, 1))
+        images, labels = images.astype(np.uint8), np.zeros(self.num, int)
+        return Arrays(images[20:], labels[20:], images[:20], labels[:20])
+"""
+
+
+@pytest.fixture
+def notebook(monkeypatch):
+    """Run a cell, again if asked to, as a notebook does: in one module's namespace."""
+    module = types.ModuleType("a_notebook")
+    monkeypatch.setitem(sys.modules, "a_notebook", module)
+
+    def cell(text=CELL):
+        exec(compile(text, "<cell>", "exec"), module.__dict__)
+        return module
+
+    return cell
+
+
+def config_of(module, run_dir, num_epochs=2):
+    return small(
+        run_dir,
+        data=module.Noise(),
+        model=module.Line(),
+        objective=module.Weighted(),
+        figures=FiguresConfig(epochs=(1,)),
+        checkpoint=CheckpointConfig(),
+        batch_size=32,
+        num_epochs=num_epochs,
+    )
+
+
+@pytest.fixture
+def own_run(notebook, tmp_path):
+    """A finished run of three classes of one's own."""
+    return ae_jax.fit(config_of(notebook(), tmp_path / "run"))
+
+
+def test_classes_of_ones_own_train_score_and_draw(own_run):
+    assert own_run.step == 6
+    row = own_run.metrics[-1]
+    assert {"train/weighted", "train/worst", "train/grad_norm"} <= set(row)
+    assert "latent/dead_units" not in row
+    test = own_run.data().test.images
+    assert set(own_run.scores(test)) == {"weighted", "worst"}
+    assert not own_run.has("encode", "decode")
+    drawn = {path.stem for path in (own_run.folder / "figures").glob("*.png")}
+    assert {"training_loss", "samples", "test_reconstructions"} <= drawn
+    with pytest.raises(UserError, match="Net, has no encode"):
+        own_run.encode(test)
+    names = [own_run.config.data, own_run.config.model, own_run.config.objective]
+    assert [type(value).__module__ for value in names] == ["a_notebook"] * 3
+
+
+def test_the_same_definitions_find_the_run_finished(own_run, notebook, capsys):
+    spaced = CELL.replace(
+        "class Weighted", "# the same, further down\n\n\nclass Weighted"
+    )
+    module = notebook(spaced)
+    before = snapshot(own_run.folder)
+    capsys.readouterr()
+    assert ae_jax.fit(config_of(module, own_run.folder)).step == 6
+    assert "is finished" in capsys.readouterr().out
+    assert snapshot(own_run.folder) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "section"),
+    [
+        ("error ** self.power", "error ** self.power / 2", "objective"),
+        ("jnp.abs(model", "jnp.square(model", "objective"),
+        ('{"worst": jnp.max(error)}', '{"least": jnp.min(error)}', "objective"),
+        ("SCALE[0] * x", "SCALE[0] + x", "objective"),
+        ("SCALE = [2.0]", "SCALE = [3.0]", "objective"),
+        ("self.width)(x.resh", "self.width + 1)(x.resh", "model"),
+        ("default_rng(0)", "default_rng(1)", "data"),
+    ],
+)
+def test_a_redefined_class_never_gets_the_old_run(
+    old, new, section, own_run, notebook, capsys
+):
+    assert CELL.count(old) == 1
+    module, before = notebook(CELL.replace(old, new)), snapshot(own_run.folder)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=f"class of {section} was defined differently"):
+        ae_jax.fit(config_of(module, own_run.folder))
+    assert snapshot(own_run.folder) == before
+    assert "is finished" not in capsys.readouterr().out
+
+
+def test_a_redefined_function_under_a_decorator_is_another(notebook):
+    text = CELL.replace("def weigh(x)", "@jax.jit\ndef weigh(x)")
+    digests = {
+        registry.digest_code(notebook(one).Weighted())
+        for one in (text, text.replace("SCALE[0] * x", "SCALE[0] + x"))
+    }
+    assert len(digests) == 2
+
+
+def test_digests_see_closures_and_default_arguments():
+    def make(inner, default):
+        @dataclasses.dataclass(frozen=True)
+        class Objective:
+            loss_name = "loss"
+
+            def __call__(self, model, params, x, key, factor=default):
+                return inner * factor * x.mean(), {}
+
+        return Objective()
+
+    pairs = [(1.0, 1.0), (2.0, 1.0), (1.0, 2.0)]
+    digests = [registry.digest_code(make(*pair)) for pair in pairs]
+    assert len(set(digests)) == 3
+    assert registry.digest_code(make(1.0, 1.0)) == digests[0]
+
+
+def test_a_digest_is_the_same_in_every_process(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\n\n\n@dataclasses.dataclass(frozen=True)\nclass Mine:\n"
+        '    def __call__(self, name):\n        return name in {"a", "b", "c", "d"}\n'
+    )
+    code = (
+        "import mine; from ae_jax import registry; "
+        "print(registry.digest_code(mine.Mine()))"
+    )
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "PYTHONHASHSEED": s},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for s in "123"
+    }
+    assert len(digests) == 1
+
+
+def test_a_class_that_only_the_config_knows_serves_all_the_same(tmp_path):
+    """It was made in a function, so that no name leads to it later."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Local:
+        loss_name = "local"
+
+        def __call__(self, model, params, x, key):
+            return model.apply({"params": params}, x).mean(), {}
+
+    run = ae_jax.fit(small(tmp_path / "run", objective=Local()))
+    images = run.data().test.images[:2]
+    assert set(run.scores(images)) == set(run.at(3).scores(images)) == {"local"}
+    assert ae_jax.fit(small(tmp_path / "run", objective=Local())).step == 6
+    later = ae_jax.open_run(run.folder)
+    np.testing.assert_array_equal(later.encode(images), run.encode(images))
+    with pytest.raises(UserError, match=r"Local is not known here"):
+        later.scores(images)
+
+
+def test_a_run_whose_objective_and_data_are_unknown_still_reconstructs(
+    own_run, monkeypatch, notebook
+):
+    images = own_run.data().test.images
+    expected = own_run.reconstruct(images)
+    module = notebook()
+    del module.Weighted, module.Noise
+    run = ae_jax.open_run(own_run.folder)
+    np.testing.assert_array_equal(run.reconstruct(images), expected)
+    assert run.at(3).step == 3
+    for name in figures.applicable(run):
+        assert run.figure(name).axes
+    with pytest.raises(UserError, match="is not known here; define and register it"):
+        run.scores(images)
+    with pytest.raises(UserError, match=r"data\.name: a_notebook:Noise is not known"):
+        ae_jax.fit(run.config)
+    with pytest.raises(UserError, match=r"data\.name: a_notebook:Noise is not known"):
+        run.data()
+    assert set(run.scores(images, objectives.Reconstruction())) == {"mse"}
+
+
+def test_a_run_whose_model_is_unknown_says_so_in_a_line(own_run, notebook):
+    del notebook().Line
+    with pytest.raises(UserError, match=r"model\.name: cannot import a_notebook:Line"):
+        ae_jax.open_run(own_run.folder)
+
+
+def test_an_own_run_resumes_after_its_cell_ran_again(notebook, tmp_path):
+    train_until(3, config_of(notebook(), tmp_path / "run"))
+    ae_jax.fit(config_of(notebook(), tmp_path / "run"))
+    ae_jax.fit(config_of(notebook(), tmp_path / "plain"))
+    assert_same_end(tmp_path / "run", tmp_path / "plain")
+
+
+def test_module_and_class_names_an_objective_on_the_command_line(tmp_path):
+    (tmp_path / "mine.py").write_text(CELL)
+    status, _, err = run(
+        *("-m", "experiments.tutorial", "--preset", "quick"),
+        *("--run-dir", tmp_path / "run", "--objective.name", "mine:Weighted"),
+        *("--objective.power", "4", "--data.name", "mine:Noise"),
+        *("--model.name", "mine:Line", "--model.width", "3"),
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+    )
+    assert status == 0, err
+    opened = rows_of(tmp_path / "run")
+    assert "train/weighted" in opened[0]
+    with pytest.raises(UserError, match="cannot import mine:Line"):
+        ae_jax.open_run(tmp_path / "run")

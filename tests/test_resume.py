@@ -1,0 +1,307 @@
+"""A run that is stopped, however and wherever, ends as if it never had been."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from life import (
+    TWO_STEPS,
+    Scripted,
+    Stop,
+    assert_same_end,
+    small,
+    snapshot,
+    steps_of,
+    train_until,
+    train_with_stops,
+)
+
+from ae_jax import train, weights
+from ae_jax.config import CheckpointConfig, FiguresConfig
+from ae_jax.data import Digits, Npz
+from ae_jax.errors import UserError
+from ae_jax.models.conv import ConvAutoencoder
+from ae_jax.models.dense import Autoencoder
+from ae_jax.objectives import Denoising, Reconstruction
+from ae_jax.runs import folder, trainer
+from ae_jax.runs.trainer import train_run, train_runs
+
+CONV = ConvAutoencoder(hidden=(3,), latent_dim=2, latent_activation="none")
+
+
+@pytest.fixture
+def one_step_chunks(monkeypatch):
+    """Pause after every step, as on a machine where each takes seconds."""
+    monkeypatch.setattr(train, "CHUNK_S", 0.0)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run of 6 steps from start to end; read only."""
+    return train_run(small(tmp_path_factory.mktemp("uninterrupted") / "run")).folder
+
+
+@pytest.fixture
+def npz(tmp_path):
+    """The digits as a file of one's own, and the options that read it."""
+    np.savez(tmp_path / "digits.npz", **Digits().load().named())
+    return Npz(tmp_path / "data", tmp_path / "digits.npz", num_validation=101)
+
+
+# --- Stopped by an exception --------------------------------------------------------
+
+
+def test_stopped_at_every_chunk_it_ends_in_the_same_bits(
+    uninterrupted, tmp_path, one_step_chunks
+):
+    _, stops = train_with_stops([small(tmp_path / "run")])
+    assert stops == 6
+    assert_same_end(tmp_path / "run", uninterrupted)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model": CONV},
+        {"precision": "bfloat16"},
+        {
+            "precision": "float64",
+            "schedule": "cosine",
+            "objective": Reconstruction("bce"),
+        },
+        {"objective": Denoising(0.1), "clip_norm": 0.1, "warmup_steps": 3},
+    ],
+    ids=["conv", "bfloat16", "float64", "denoising"],
+)
+def test_every_kind_of_run_does(fields, tmp_path, one_step_chunks):
+    _, stops = train_with_stops([small(tmp_path / "stopped", **TWO_STEPS, **fields)])
+    assert stops == 4
+    train_run(small(tmp_path / "run", **TWO_STEPS, **fields))
+    assert_same_end(tmp_path / "stopped", tmp_path / "run")
+
+
+def test_a_streamed_run_does(npz, tmp_path, one_step_chunks):
+    fields = {**TWO_STEPS, "data": replace(npz, streaming=True)}
+    _, stops = train_with_stops([small(tmp_path / "stopped", **fields)])
+    assert stops == 4
+    train_run(small(tmp_path / "run", **fields))
+    assert_same_end(tmp_path / "stopped", tmp_path / "run")
+
+
+def patient(run_dir):
+    """A run whose third of nine epochs is the best; each is one step."""
+    return small(
+        run_dir,
+        model=Autoencoder(hidden=(16, 8), init="flax"),
+        objective=Scripted((9.0, 5.0, 4.0, 3.0, 6.0, 7.0, 8.0, 9.0, 9.0, 9.0)),
+        checkpoint=CheckpointConfig(keep=1),
+        figures=FiguresConfig(epochs=(), draw=False),
+        batch_size=1336,
+        num_epochs=9,
+        patience=3,
+    )
+
+
+def test_a_run_that_loses_patience_stops_and_keeps_its_best(tmp_path, one_step_chunks):
+    (run,), stops = train_with_stops([patient(tmp_path / "run")])
+    assert stops == 6
+    assert [row["val/scripted"] for row in run.metrics] == [5, 4, 3, 6, 7, 8]
+    assert [row["train/scripted"] for row in run.metrics] == [9, 5, 4, 3, 6, 7]
+    assert steps_of(run.folder) == [3, 6]  # with keep=1
+    assert (run.at("best").step, run.at("latest").step) == (3, 6)
+    assert folder.read_summary(run.folder)["stopped"] is True
+    train_run(patient(tmp_path / "other"))
+    assert_same_end(run.folder, tmp_path / "other")
+
+
+def test_a_run_that_lost_patience_is_finished(tmp_path, capsys):
+    config = patient(tmp_path / "run")
+    train_run(config)
+    capsys.readouterr()
+    train_run(replace(config, train=replace(config.train, num_epochs=12)))
+    assert "is finished" in capsys.readouterr().out
+
+
+# --- Stopped by a signal ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("signum", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)],
+)
+def test_a_signal_is_obeyed_at_the_next_chunk_with_all_saved(
+    signum, error, tmp_path, uninterrupted, monkeypatch, capsys
+):
+    monkeypatch.setattr(train, "CHUNK_S", 0.0)
+    config, before = small(tmp_path / "run"), signal.getsignal(signum)
+
+    def on_chunk(step):
+        if step == 4:
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(error) as caught:
+        train_runs([config], on_chunk=on_chunk)
+    assert getattr(caught.value, "code", 143) == 143
+    assert "interrupted: step 5 is saved" in capsys.readouterr().err
+    assert steps_of(config.run_dir)[-1] == 5
+    assert signal.getsignal(signum) is before
+    train_run(config)
+    assert_same_end(config.run_dir, uninterrupted)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
+    ended = []
+
+    def end(status):
+        ended.append(status)
+        raise Stop
+
+    def on_chunk(step):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(trainer.os, "_exit", end)
+    with pytest.raises(Stop):
+        train_runs([small(tmp_path / "run")], on_chunk=on_chunk)
+    assert ended == [130]
+
+
+# --- What may change, and what may not ----------------------------------------------
+
+
+def test_more_epochs_later_are_as_many_at_once(tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    images = (tmp_path / "run" / "figures" / "images.npz").read_bytes()
+    train_run(small(tmp_path / "run", num_epochs=3))
+    train_run(small(tmp_path / "at_once", num_epochs=3))
+    assert_same_end(tmp_path / "run", tmp_path / "at_once")
+    again, at_once = (
+        (tmp_path / name / "figures" / "images.npz").read_bytes()
+        for name in ("run", "at_once")
+    )
+    assert again == at_once != images
+    assert (
+        folder.read_description(tmp_path / "run")["config"]["train"]["num_epochs"] == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"learning_rate": 2e-3}, "train.learning_rate: the run has 0.001, you asked"),
+        ({"seed": 1, "num_epochs": 5}, "train.seed: the run has 0, you asked for 1"),
+        ({"num_epochs": 1}, "train.num_epochs: the run has 2, you asked for 1"),
+        (
+            {"num_epochs": 3, "schedule": "cosine"},
+            "train.num_epochs: the run has 2, you asked for 3; train.schedule",
+        ),
+        ({"objective": Denoising()}, "objective.name: the run has reconstruction"),
+        ({"data": Digits(num_validation=100)}, "data.num_validation: the run has 101"),
+    ],
+)
+def test_another_config_is_refused_and_touches_nothing(fields, told, uninterrupted):
+    before = snapshot(uninterrupted)
+    with pytest.raises(UserError, match="holds another run") as caught:
+        train_run(small(uninterrupted, **fields))
+    assert told in str(caught.value)
+    assert snapshot(uninterrupted) == before
+
+
+def test_a_finished_run_says_so_and_is_not_touched(uninterrupted, capsys):
+    before = snapshot(uninterrupted)
+    free = {
+        "checkpoint": CheckpointConfig(keep=1),
+        "figures": FiguresConfig(epochs=(2,)),
+        "data": Digits(dir=uninterrupted / "elsewhere", num_validation=101),
+    }
+    assert train_run(small(uninterrupted, **free)).step == 6
+    assert "is finished" in capsys.readouterr().out
+    assert snapshot(uninterrupted) == before
+
+
+def test_a_run_that_only_lacks_its_end_gets_it(tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for name in ("summary.json", "metrics.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    shutil.rmtree(tmp_path / "run" / "tensorboard")
+    train_run(small(tmp_path / "run"))
+    assert_same_end(tmp_path / "run", uninterrupted)
+    mine, other = map(folder.read_summary, (tmp_path / "run", uninterrupted))
+    assert mine["test/mse"] == other["test/mse"]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_data_that_changed_since_are_refused(npz, tmp_path):
+    config = small(tmp_path / "run", data=npz)
+    train_until(3, config)
+    arrays = Digits().load().named()
+    arrays["test_images"][0, 0, 0] ^= 1
+    np.savez(tmp_path / "other.npz", **arrays)
+    before = snapshot(config.run_dir)
+    other = replace(npz, source=tmp_path / "other.npz")
+    with pytest.raises(UserError, match="trained on other data"):
+        train_run(replace(config, data=other))
+    assert snapshot(config.run_dir) == before
+    train_run(config)
+
+
+# --- From other parameters ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("ending", ["", ".safetensors"])
+def test_a_run_starts_from_other_parameters(ending, finished_run, tmp_path):
+    source = finished_run.folder
+    if ending:
+        source = tmp_path / "weights.safetensors"
+        params = jax.tree.map(np.asarray, finished_run.params)
+        weights.write_safetensors(source, weights.to_torch(params))
+    fields = {
+        "init_from": source,
+        "learning_rate": 1e-30,
+        "model": Autoencoder((16, 8)),
+    }
+    run = train_run(small(tmp_path / "run", **fields))
+    jax.tree.map(np.testing.assert_array_equal, run.params, finished_run.params)
+    digest = folder.read_description(run.folder)["init_from_digest"]
+    train_run(small(tmp_path / "again", **fields))
+    assert folder.read_description(tmp_path / "again")["init_from_digest"] == digest
+
+
+def test_it_resumes_without_them(finished_run, tmp_path):
+    shutil.copytree(finished_run.folder, tmp_path / "source")
+    model = Autoencoder((16, 8))
+    runs = [
+        small(tmp_path / name, init_from=tmp_path / "source", model=model)
+        for name in ("stopped", "run")
+    ]
+    train_until(3, runs[0])
+    train_run(runs[1])
+    digests = [folder.read_description(c.run_dir)["init_from_digest"] for c in runs]
+    shutil.rmtree(tmp_path / "source")
+    train_run(runs[0])
+    assert_same_end(runs[0].run_dir, runs[1].run_dir)
+    assert folder.read_description(runs[0].run_dir)["init_from_digest"] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (Autoencoder((16, 9)), r"decoder_0\.bias is \[8\], this one's \[9\]"),
+        (Autoencoder((8,)), r"decoder_1\.bias is \[16\], this one's \[64\]"),
+        (
+            Autoencoder((16, 8), 4),
+            r"decoder_0\.kernel is \[3, 8\], this one's \[4, 8\]",
+        ),
+    ],
+)
+def test_those_of_another_model_are_named_before_anything_is_written(
+    model, told, finished_run, tmp_path
+):
+    config = small(tmp_path / "run", init_from=finished_run.folder, model=model)
+    with pytest.raises(UserError, match=f"holds another model's parameters: .*{told}"):
+        train_run(config)
+    assert not config.run_dir.exists()

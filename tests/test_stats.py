@@ -1,0 +1,124 @@
+"""Intervals hold what they promise; tests err as often as they say."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy import stats as scipy_stats
+
+from ae_jax import stats
+
+scores = st.integers(900, 1100).map(lambda i: i / 1000)
+samples = st.lists(scores, min_size=2, max_size=20)
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    # By hand: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.95996.
+    [(0, 10, 0.0, 0.277533), (5, 10, 0.236593, 0.763407), (64, 64, 0.943375, 1.0)],
+)
+def test_interval_of_a_share_is_wilsons(count, total, low, high):
+    interval = stats.share_interval(count, total)
+    np.testing.assert_allclose(interval, (low, high), atol=1e-6)
+
+
+def test_interval_of_a_median_holds_it_about_as_often_as_it_says():
+    draws = np.random.default_rng(0).exponential(size=(200, 25))
+    intervals = [stats.median_interval(row) for row in draws]
+    held = [low <= np.log(2) <= high for low, high in intervals]
+    assert 0.88 < np.mean(held) <= 0.99
+    assert stats.median_interval(draws[0]) == intervals[0]  # its draws have a seed
+
+
+def test_interval_of_a_single_median_is_itself():
+    assert stats.median_interval(np.array([0.04])) == (0.04, 0.04)
+
+
+@settings(deadline=None)
+@given(samples, samples, st.floats(0.01, 0.2))
+def test_tost_is_schuirmanns_two_welch_tests(ours, theirs, margin):
+    assume(np.ptp(ours) > 0 < np.ptp(theirs))
+    found = stats.tost(ours, theirs, margin)
+    # By the formulas of Welch and Satterthwaite.
+    parts = np.array([np.var(x, ddof=1) / len(x) for x in (ours, theirs)])
+    error, mean = np.sqrt(parts.sum()), np.mean(theirs)
+    freedom = parts.sum() ** 2 / (parts**2 / [len(ours) - 1, len(theirs) - 1]).sum()
+    t, difference = scipy_stats.t(freedom), np.mean(ours) - mean
+    above = t.sf((difference + margin * mean) / error)
+    below = t.cdf((difference - margin * mean) / error)
+    half = t.ppf(0.95) * error
+    expected = [difference, difference - half, difference + half]
+    np.testing.assert_allclose(found.p, max(above, below), rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(found[1:], expected / mean, rtol=1e-6, atol=1e-9)
+    assert (-margin < found.low and found.high < margin) == (found.p < stats.ALPHA)
+
+
+@pytest.mark.parametrize(("true", "expected"), [(0.03, 0.05), (0.0, 0.8)])
+def test_tost_errs_as_often_as_it_says_and_finds_what_runs_needed_says(true, expected):
+    # At the margin it may call them equal in 5 of 100 samples; where they are equal,
+    # and as many as needed, it does so in 80.
+    rng = np.random.default_rng(0)
+    needed = stats.runs_needed(rng.normal(1, 0.06, 100_000).tolist(), margin=0.03)
+    draws = rng.normal(1, 0.06, (600, 2, needed)) + np.array([true, 0])[None, :, None]
+    passed = [stats.tost(a, b, 0.03).p < 0.05 for a, b in draws.tolist()]
+    np.testing.assert_allclose(np.mean(passed), expected, atol=0.03)
+
+
+def test_samples_without_spread_or_too_small_show_what_they_can():
+    assert stats.tost([1.0], [1.0, 1.0], 0.03).p == 1
+    assert stats.tost([], [1.0, 1.1], 0.03).p == 1
+    assert stats.tost([1.0, 1.0], [1.0, 1.0], 0.03) == (0, 0, 0, 0)
+    assert stats.tost([1.02, 1.02], [1.0, 1.0], 0.03).p == 0
+    assert stats.tost([1.04, 1.04], [1.0, 1.0], 0.03).p == 1
+    assert stats.tost([1.0] * 3, [0.99, 1.0, 1.01], 0.1).p < 0.05  # without a warning
+
+
+def make_runs(healthy, part_dead=0, collapsed=0, mean=0.036):
+    scores = mean * (1 + np.linspace(-0.01, 0.01, healthy))
+    rows = [(float(score), 0) for score in scores]
+    rows += [(0.045, 1)] * part_dead + [(0.0675, 3)] * collapsed
+    return [
+        {"test/mse": score, "latent/dead_units": dead, "latent/collapsed": dead == 3}
+        for score, dead in rows
+    ]
+
+
+def test_runs_are_counted_by_their_outcome_and_compared_by_those_that_are_healthy():
+    ours, theirs = make_runs(20, 4, 8), make_runs(10, 1, 21, mean=0.0361)
+    found = stats.compare_runs(ours, theirs, 0.03)
+    a, b = (
+        [row["test/mse"] for row in rows[:n]] for rows, n in ((ours, 20), (theirs, 10))
+    )
+    assert found["ours"] == {
+        **{"runs": 32, "healthy": 20, "part_dead": 4, "collapsed": 8},
+        "mean": pytest.approx(0.036),
+        "sd": pytest.approx(np.sqrt(np.sum((np.array(a) - np.mean(a)) ** 2) / 19)),
+    }
+    assert (found["theirs"]["healthy"], found["theirs"]["part_dead"]) == (10, 1)
+    for name, table in (
+        ("collapsed_p", [[8, 24], [21, 11]]),
+        ("part_dead_p", [[4, 28], [1, 31]]),
+    ):
+        assert found[name] == scipy_stats.fisher_exact(np.array(table)).pvalue
+    mean = stats.tost(a, b, 0.03)
+    assert [found[k] for k in ("tost_p", "difference", "low", "high")] == [*mean]
+    assert found["runs_needed"] == stats.runs_needed(b, 0.03)
+
+
+@pytest.mark.parametrize("shift", [-0.03, 0.03])
+def test_distributions_that_differ_to_either_side_are_told_apart(shift):
+    found = stats.compare_runs(
+        make_runs(12, mean=0.036 * (1 + shift)), make_runs(12), 0.06
+    )
+    # No overlap at all: two of the ways to deal 24 runs into two sides of 12.
+    assert found["ks_p"] == pytest.approx(2 / 2704156)
+    assert found["tost_p"] < 0.05
+
+
+@pytest.mark.parametrize("healthy", [0, 1])
+def test_too_few_healthy_runs_leave_their_scores_uncompared(healthy):
+    found = stats.compare_runs(make_runs(healthy, 1), make_runs(0, 0, 2), 0.03)
+    assert (found["tost_p"], found["ks_p"]) == (1, 1)
+    empty = [found[k] for k in ("difference", "low", "high", "runs_needed")]
+    assert empty == [None] * 4
+    assert found["theirs"]["mean"] is found["theirs"]["sd"] is None

@@ -1,0 +1,136 @@
+"""Studies: folders of ordinary runs, and what they come to."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import ae_jax
+from ae_jax.config import TrainConfig
+from ae_jax.data import Digits
+from ae_jax.errors import UserError
+from ae_jax.models.dense import Autoencoder
+from ae_jax.runs import study
+from ae_jax.runs.study import Study
+from experiments import collapse, seeds
+
+SMALL = {"data": Digits(), "model": Autoencoder(hidden=(16, 8))}
+
+
+def run_seeds(folder, **fields):
+    fields = {
+        "num_seeds": 3,
+        "together": 2,
+        "train": TrainConfig(num_epochs=1),
+    } | fields
+    small = Study(run_dir=folder, **SMALL, **fields)
+    return study.run_study("seeds", small, seeds.cells, seeds.summarise)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A study of three seeds, two of them together; read only."""
+    folder = tmp_path_factory.mktemp("seeds") / "study"
+    return folder, run_seeds(folder)
+
+
+def test_each_seed_is_an_ordinary_run(finished):
+    folder, summary = finished
+    runs = [ae_jax.open_run(folder / "tutorial" / str(seed)) for seed in range(3)]
+    assert [run.config.train.seed for run in runs] == [0, 1, 2]
+    assert not any(hasattr(run.config, "num_seeds") for run in runs)
+    test = Digits().load().test_images / 255
+    errors = [np.square(run.reconstruct(test) - test).mean() for run in runs]
+    np.testing.assert_allclose(summary["test/mse/median"], np.median(errors), rtol=1e-5)
+    dead = [run.count_dead_units(test) for run in runs]
+    assert summary["healthy"] == dead.count(0)
+    assert summary["collapsed"] == dead.count(3)
+    assert summary["num_seeds"] == 3
+    assert (folder / "seeds.png").exists()
+
+
+def test_a_finished_study_says_so_and_trains_nothing(finished, capsys):
+    folder, summary = finished
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*.json")}
+    assert run_seeds(folder) == json.loads(json.dumps(summary))
+    assert "is finished" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("*.json")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"num_seeds": 2}, "num_seeds: the run has 3, you asked for 2"),
+        ({"together": 3}, "together: the run has 2, you asked for 3"),
+        (
+            {"train": TrainConfig(num_epochs=1, learning_rate=0.01)},
+            "train.learning_rate: the run has 0.001, you asked for 0.01",
+        ),
+    ],
+)
+def test_another_study_is_refused(finished, fields, told):
+    with pytest.raises(UserError, match=told):
+        run_seeds(finished[0], **fields)
+
+
+def test_another_experiments_study_is_refused(finished):
+    other = Study(run_dir=finished[0], **SMALL, num_seeds=3, together=2)
+    with pytest.raises(UserError, match=r"holds a study of experiments\.seeds"):
+        study.run_study("collapse", other, seeds.cells, seeds.summarise)
+
+
+def test_a_folder_that_is_no_study_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="in the way"):
+        run_seeds(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_more_seeds_later_keep_those_that_are_finished(tmp_path):
+    folder = tmp_path / "study"
+    run_seeds(folder, num_seeds=2)
+    first = (folder / "tutorial" / "1" / "summary.json").read_bytes()
+    assert run_seeds(folder, num_seeds=3)["num_seeds"] == 3
+    assert (folder / "tutorial" / "1" / "summary.json").read_bytes() == first
+
+
+def test_cells_of_collapse_change_one_factor_each():
+    base = collapse.PRESETS["quick"]
+    for name, cell in collapse.cells(base, {}).items():
+        changed = ae_jax.config.diff(base, cell.config)
+        factor = collapse.FACTORS.get(name.removeprefix("short/"))
+        expected = {} if factor is None else {f"{factor[0]}.{factor[1]}"}
+        assert set(changed) == set(expected)
+        assert cell.num_seeds == base.num_seeds
+
+
+def test_collapse_trains_the_best_for_longer():
+    base = dataclasses.replace(collapse.PRESETS["quick"], num_best=2)
+    rows = {
+        name: [{"outcome": "part-dead", "test/mse": 0.07}] * 4
+        for name in collapse.cells(base, {})
+    }
+    healthy = [{"outcome": "healthy", "test/mse": 0.05}] * 4
+    better = [{"outcome": "healthy", "test/mse": 0.04}] * 4
+    rows["short/activation: none"] = healthy
+    rows["short/initialiser: He"] = better
+    rows["short/latent units: 8"] = better  # not as many latent units: no rival
+    cells = collapse.cells(base, rows)
+    longer = {name: cell for name, cell in cells.items() if name.startswith("long/")}
+    assert list(longer) == [
+        "long/tutorial", "long/initialiser: He", "long/activation: none"
+    ]  # fmt: skip
+    for cell in longer.values():
+        assert cell.num_seeds == base.long_seeds
+        assert cell.config.train.num_epochs == base.long_epochs
+
+
+def test_a_cells_config_is_what_its_runs_are_trained_by(tmp_path):
+    base = collapse.Collapse(run_dir=tmp_path, **SMALL, num_seeds=2)
+    cells = collapse.cells(base, {})
+    name = "short/learning rate: 3e-3"
+    for seed, config in enumerate(study.member_configs(base, name, cells[name])):
+        assert config.train.learning_rate == 3e-3
+        assert config.train.seed == seed
+        assert config.run_dir == tmp_path / "short" / "learning-rate-3e-3" / str(seed)
