@@ -35,12 +35,18 @@ def leave(signum: int, frame: FrameType | None) -> NoReturn:
     os._exit(128 + signum)
 
 
-def exit_with(action: Callable[[], None]) -> NoReturn:
+def exit_with(
+    action: Callable[[], None], has_peers: Callable[[], bool] = lambda: False
+) -> NoReturn:
     """Do it, and end the process with the status that its outcome calls for.
 
     0: done. 2: the user can fix it (:class:`UserError`, or the system's refusal). 1:
     diverged. Anything else is our bug and keeps its traceback (Python's status 1).
     SIGINT and SIGTERM: 130 and 143.
+
+    Args:
+        action: what to do.
+        has_peers: whether this is one of several processes of a run.
     """
     signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
@@ -50,23 +56,17 @@ def exit_with(action: Callable[[], None]) -> NoReturn:
     except (UserError, OSError, Diverged, KeyboardInterrupt) as error:
         status, message = _outcome(error)
     except Exception:
-        if not _has_peers():
+        if not has_peers():
             raise
         traceback.print_exc()
         status = 1
     if message:
         print(f"error: {message}", file=sys.stderr, flush=True)
-    if _has_peers():
+    if status and has_peers():
         # An orderly end would wait for the other processes, which wait for this one.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
-
-
-def _has_peers() -> bool:
-    """Whether this is one of several processes of a run."""
-    jax = sys.modules.get("jax")  # the PyTorch baseline does without
-    return bool(jax and jax.distributed.is_initialized())
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
@@ -200,13 +200,16 @@ def run_experiment(
     name: str, presets: Mapping[str, C], doc: str | None, run: Callable[[C], Any]
 ) -> NoReturn:
     """``main`` of an experiment: parse, run, and leave with the right status."""
+    distributed = False
 
     def action() -> None:
+        nonlocal distributed
         config = parse(name, presets, doc or "", sys.argv[1:])
+        distributed = getattr(config, "distributed", False)
         use_compilation_cache()
         run(config)
 
-    exit_with(action)
+    exit_with(action, lambda: distributed)
 
 
 def run_script(main: Callable[..., None]) -> NoReturn:
