@@ -102,7 +102,7 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(
     sound, noticed = digests_of(finished_run.folder), []
     for path in step.glob(pattern):
         content = path.read_bytes()
-        for _ in range(6):
+        for _ in range(5):
             flip(path, int(rng.integers(len(content))), int(rng.integers(8)))
             try:
                 with Checkpoints(step.parent) as checkpoints:
@@ -117,10 +117,10 @@ def test_a_flipped_bit_is_noticed_or_changes_nothing(
         assert message.startswith(f"{step}: damaged checkpoint: ")
         assert "\n" not in message
     if pattern in ("state/ocdbt.process_0/d/*", "record/data.json"):
-        assert len(noticed) >= 5
+        assert len(noticed) >= 4
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "record", "empty"])
+@pytest.mark.parametrize("how", ["flipped", "gone", "record", "empty"])
 def test_a_damaged_newest_step_is_refused_and_the_way_out_works(
     how, interrupted, finished_run
 ):
@@ -131,8 +131,6 @@ def test_a_damaged_newest_step_is_refused_and_the_way_out_works(
     )
     if how == "flipped":
         flip(largest)
-    elif how == "cut":
-        largest.write_bytes(largest.read_bytes()[:100])
     elif how == "gone":
         largest.unlink()
     elif how == "record":
@@ -339,7 +337,7 @@ def test_files_that_may_not_grow_end_the_run_and_it_resumes(
     assert_same_end(interrupted.run_dir, finished_run.folder)
 
 
-@pytest.mark.parametrize("room", [20, 60, 150, 400])
+@pytest.mark.parametrize("room", [20, 150, 400])
 def test_a_full_disk_ends_the_run_and_it_resumes(room, tmp_path, capsys):
     config = small(tmp_path / "disk" / "run", checkpoint=CheckpointConfig(1, keep=9))
     (tmp_path / "disk").mkdir()

@@ -34,18 +34,12 @@ def test_import_loads_no_jax_until_it_is_used():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_twice_in_one_process_is_the_same_run(tmp_path):
-    first = ae_jax.fit(small(tmp_path / "a"))
-    again = ae_jax.fit(small(tmp_path / "b"))
-    assert_same_end(first.folder, again.folder)
-    assert repr(first) == f"<Run {first.folder}: step 6, 2 of 2 epochs>"
-
-
 def test_float64_and_float32_follow_each_other(tmp_path):
     before = ae_jax.fit(small(tmp_path / "before"))
     double = ae_jax.fit(small(tmp_path / "double", precision="float64"))
     after = ae_jax.fit(small(tmp_path / "after"))
     assert_same_end(before.folder, after.folder)
+    assert repr(after) == f"<Run {after.folder}: step 6, 2 of 2 epochs>"
     images = after.data().test.images[:3]
     assert [r.encode(images).dtype for r in (double, after)] == [np.float64, np.float32]
 
@@ -65,9 +59,8 @@ def test_an_event_loop_that_runs_does_not_disturb_it(tmp_path):
     assert recon.shape == (2, 8, 8, 1)
 
 
-@pytest.mark.parametrize("precision", ["float32", "float64"])
-def test_a_thread_other_than_the_main_one_does_it_too(precision, tmp_path):
-    config, runs = small(tmp_path / "thread", precision=precision), []
+def test_a_thread_other_than_the_main_one_does_it_too(tmp_path):
+    config, runs = small(tmp_path / "thread", precision="float64"), []
 
     def work():
         train_until(4, config)
@@ -224,17 +217,18 @@ class Noise:
 """
 
 
-@pytest.fixture
-def notebook(monkeypatch):
+@pytest.fixture(scope="module")
+def notebook():
     """Run a cell, again if asked to, as a notebook does: in one module's namespace."""
     module = types.ModuleType("a_notebook")
-    monkeypatch.setitem(sys.modules, "a_notebook", module)
 
     def cell(text=CELL):
         exec(compile(text, "<cell>", "exec"), module.__dict__)
         return module
 
-    return cell
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "a_notebook", module)
+        yield cell
 
 
 def config_of(module, run_dir, num_epochs=2):
@@ -250,10 +244,11 @@ def config_of(module, run_dir, num_epochs=2):
     )
 
 
-@pytest.fixture
-def own_run(notebook, tmp_path):
-    """A finished run of three classes of one's own."""
-    return ae_jax.fit(config_of(notebook(), tmp_path / "run"))
+@pytest.fixture(scope="module")
+def own_run(notebook, tmp_path_factory):
+    """A finished run of three classes of one's own; read only."""
+    run_dir = tmp_path_factory.mktemp("own") / "run"
+    return ae_jax.fit(config_of(notebook(), run_dir))
 
 
 def test_classes_of_ones_own_train_score_and_draw(own_run):
@@ -389,8 +384,9 @@ def test_a_run_whose_objective_and_data_are_unknown_still_reconstructs(
         assert run.figure(name).axes
     with pytest.raises(UserError, match="is not known here; define and register it"):
         run.scores(images)
-    with pytest.raises(UserError, match=r"data\.name: a_notebook:Noise is not known"):
-        ae_jax.fit(run.config)
+    more = dataclasses.replace(run.config.train, num_epochs=3)
+    with pytest.raises(UserError, match="a_notebook:Noise is not known here"):
+        ae_jax.fit(dataclasses.replace(run.config, train=more))
     with pytest.raises(UserError, match=r"data\.name: a_notebook:Noise is not known"):
         run.data()
     assert set(run.scores(images, objectives.Reconstruction())) == {"mse"}

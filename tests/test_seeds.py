@@ -94,7 +94,7 @@ def test_a_finished_member_keeps_its_lane(seeds, tmp_path):
         assert_same_end(tmp_path / path.name, path)
 
 
-@pytest.mark.parametrize("lost", [1, 2, 3])
+@pytest.mark.parametrize("lost", [1, 3])
 def test_members_return_to_their_newest_common_step(lost, seeds, tmp_path, capsys):
     """One of them had not saved, or, long ago, lost checkpoints."""
     train_until(6, *group(tmp_path), together=3)
@@ -121,7 +121,7 @@ def stop_and_see(parent, seen):
     return on_chunk
 
 
-@pytest.mark.parametrize("member", [0, 1, 2])
+@pytest.mark.parametrize("member", [1, 2])
 def test_all_have_saved_before_any_prunes(member, seeds, tmp_path, monkeypatch):
     """With one checkpoint kept, a death among the saves leaves a common step."""
     keep = {
@@ -164,7 +164,7 @@ def test_a_member_that_goes_on_alone_is_warned(tmp_path, capsys):
 def test_a_single_run_in_a_group_is_warned(tmp_path, capsys):
     configs = group(tmp_path)
     train_until(3, configs[0])
-    train_runs(configs, together=3)
+    train_until(2, *configs, together=3)
     assert "seeds_together [5] → [5, 6, 7]" in capsys.readouterr().err
 
 
