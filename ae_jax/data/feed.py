@@ -6,7 +6,7 @@ seed and the step, so neither has anything to save.
 
 import copy
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +23,6 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4 * 2**20
 """Images that are read, sent to the devices and trained on at a time; two more such
 blocks wait their turn."""
-
-
-class Feed(Protocol):
-    """What both ways of feeding can do."""
-
-    def block_at(self, step: int) -> Block:
-        """The block that a step is in, its images on the devices."""
-
-    def rows_at(self, key: Key[Array, ""], step: int) -> Int[np.ndarray, " b"]:
-        """Which images make up the batch of a step, in an order of any key."""
 
 
 class InMemory:

@@ -1,5 +1,6 @@
 """One run's folder while it trains: what it was, what is logged and saved, its end."""
 
+import functools
 import sys
 import time
 from typing import Any
@@ -71,7 +72,7 @@ class Member:
                 history = self.checkpoints.load_history(steps[-1])
             runs.check_description(path, known, history, settings)
 
-    @property
+    @functools.cached_property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         summary = folder.read_summary(self.folder) if self.known else None
