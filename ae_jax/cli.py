@@ -4,7 +4,6 @@
 """
 
 import argparse
-import contextlib
 import dataclasses
 import os
 import signal
@@ -12,27 +11,14 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import tyro
 
 from ae_jax import registry
-from ae_jax.errors import Diverged, UserError
+from ae_jax.errors import Diverged, UserError, leave_on_signals
 
 C = TypeVar("C")
-
-
-def leave(signum: int, frame: FrameType | None) -> NoReturn:
-    """Signal handler: end the command at once, with the shell's status for the signal.
-
-    Not by an exception: Python drops one that is raised within an import's callback.
-    Nothing is lost: every file is whole or absent, and what is unfinished is cleared by
-    the next command.
-    """
-    with contextlib.suppress(RuntimeError, OSError):  # the signal fell into a print
-        sys.stdout.flush()
-    os._exit(128 + signum)
 
 
 def exit_with(
@@ -48,8 +34,7 @@ def exit_with(
         action: what to do.
         has_peers: whether this is one of several processes of a run.
     """
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
+    leave_on_signals()
     status, message = 0, ""
     try:
         action()
@@ -90,7 +75,7 @@ def use_compilation_cache() -> None:
     """
     import jax
 
-    from ae_jax.runs.folder import compilation_cache_dir
+    from ae_jax.runs.environment import compilation_cache_dir
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache_dir()))

@@ -62,6 +62,14 @@ def diagnose(dead_counts: Sequence[int], latent_dim: int) -> str | None:
     return f"{units} been {since}: {collapse}; {remedy}"
 
 
+def scores_by_outcome(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The ``test/mse`` of runs, by their ``outcome``; each of ``OUTCOMES`` is there."""
+    scores: dict[str, list[float]] = {name: [] for name in OUTCOMES}
+    for row in rows:
+        scores[row["outcome"]].append(row["test/mse"])
+    return scores
+
+
 def summarise_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The outcomes and scores of runs that differ in their seed only.
 
@@ -81,8 +89,7 @@ def summarise_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "test/mse/median_low": low,
         "test/mse/median_high": high,
     }
-    for name in OUTCOMES:
-        chosen = scores[[row["outcome"] == name for row in rows]]
+    for name, chosen in scores_by_outcome(rows).items():
         low, high = share_interval(len(chosen), len(rows))
         key = name.replace("-", "_")
         summary |= {key: len(chosen), f"share_{key}": len(chosen) / len(rows)}

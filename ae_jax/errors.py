@@ -1,7 +1,13 @@
 """What ends a command without a result, and the hint at a mistyped name."""
 
+import contextlib
 import difflib
+import os
+import signal
+import sys
 from collections.abc import Iterable
+from types import FrameType
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -18,3 +24,20 @@ def suggest(word: str, known: Iterable[str]) -> str:
     nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""
     return f"{hint}; known are: {', '.join(names)}"
+
+
+def leave_on_signals() -> None:
+    """For commands: end at once on SIGINT and SIGTERM, with the shell's status for it.
+
+    Nothing is lost: every file is whole or absent, and what is unfinished is cleared by
+    the next command.
+    """
+
+    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+        # Not by an exception: Python drops one raised within an import's callback.
+        with contextlib.suppress(RuntimeError, OSError):  # it fell into a print
+            sys.stdout.flush()
+        os._exit(128 + signum)
+
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from jaxtyping import Float
 
-BLOCK = 256
+BLOCK = 100
 """Images worked on at once, so that temporaries stay in the processor's cache."""
 
 

@@ -46,8 +46,9 @@ def explain(error: pydantic.ValidationError, prefix: str = "") -> str:
     def one(part: Any) -> str:
         message = part["msg"].removeprefix("Value error, ")
         path = ".".join(map(str, (*filter(None, [prefix]), *part["loc"])))
-        if part["type"] == "value_error":  # a check of ours, which says what it got
-            return f"{path}: {message}" if path else message
-        return f"{path}: {message[0].lower()}{message[1:]}, got {part['input']!r}"
+        if part["type"] != "value_error":  # a check of ours says what it got
+            got = "" if part["type"] == "missing" else f", got {part['input']!r}"
+            message = f"{message[0].lower()}{message[1:]}{got}"
+        return f"{path}: {message}" if path else message
 
     return "; ".join(map(one, error.errors()))

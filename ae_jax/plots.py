@@ -10,7 +10,6 @@ axis labels are the tutorial's.
 """
 
 import math
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from matplotlib.ticker import (
 )
 
 from ae_jax.errors import UserError
+from ae_jax.files import write_file
 
 Images: TypeAlias = UInt8[np.ndarray, "n H W C"] | Float[np.ndarray, "n H W C"]
 Curve: TypeAlias = tuple[Sequence[int], Sequence[float]]
@@ -408,9 +408,5 @@ def save(figure: Figure, path: Path) -> None:
     ending = path.suffix.removeprefix(".").lower()
     if ending not in METADATA:
         raise UserError(f"{path}: a figure's name ends in .png, .pdf or .svg")
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(beside, format=ending, metadata=METADATA[ending])
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    metadata = METADATA[ending]
+    write_file(path, lambda f: figure.savefig(f, format=ending, metadata=metadata))

@@ -1,10 +1,14 @@
-"""The tutorial's training in PyTorch, fed and updated in other ways: how fast is each?
+"""The tutorial in PyTorch alone, and its training fed and updated in other ways.
 
-For compare_pytorch and scripts/benchmark.py, which set ours beside them.
+For scripts/benchmark.py, which sets ours beside them. No JAX is loaded here.
 """
 
 import itertools
+import json
+import math
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,10 +17,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ae_jax.runs.folder import usable_cores
-from ae_jax.runs.timing import stopwatch
+from ae_jax import metrics
+from ae_jax.runs.environment import peak_memory_bytes, usable_cores
 from experiments.pytorch_baseline import (
     Autoencoder,
+    apply,
     make_loader,
     scaled_batches,
     train_epoch,
@@ -69,6 +74,34 @@ def make_contenders(
     }
 
 
+def whole_job(data_name: str, data_dir: str, num_epochs: str) -> None:
+    """What the tutorial's command does, in PyTorch alone; prints the memory it took."""
+    from ae_jax import baselines, collapse, data, plots
+
+    dataset = data.load(data.DATASETS[data_name](dir=Path(data_dir)))
+    train, test = dataset.train.images, dataset.test.images
+    model = Autoencoder(math.prod(dataset.shape))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loader, losses = make_loader(train, 64, seed=0), []
+    for _ in range(int(num_epochs)):
+        losses.append(train_epoch(model, optimizer, loader)[0])
+        collapse.dead_units(apply(model.encoder, train))
+    recon, target = apply(model, test).reshape(test.shape), test / np.float32(255)
+    found = metrics.mean_metrics(metrics.per_image_metrics(recon, target))
+    found["mean_image"] = baselines.mean_image_mse(train, test)
+    found["pca"] = baselines.pca_mse(train, test, 3) or math.nan
+    figures = [
+        plots.samples(train[:25]),
+        plots.training_loss([*range(len(losses))], losses),
+        plots.reconstructions_by_epoch({1: recon[:5]}, test[:5]),
+        plots.test_reconstructions(recon[:10], test[:10]),
+    ]
+    with tempfile.TemporaryDirectory() as place:
+        for i, figure in enumerate(figures):
+            plots.save(figure, Path(place) / f"{i}.png")
+    print(json.dumps({**found, "peak_memory_bytes": peak_memory_bytes()}))
+
+
 def race(
     contenders: dict[str, Contender], num_steps: int, num_rounds: int
 ) -> dict[str, Any]:
@@ -84,6 +117,7 @@ def race(
         ``rounds``: of each, the seconds by contender; ``threads``: one or all cores,
         whichever PyTorch was faster with; ``failed``: why ``compiled`` is missing.
     """
+    from ae_jax.runs.timing import stopwatch
 
     def seconds(num_threads: int) -> float:
         torch.set_num_threads(num_threads)

@@ -18,8 +18,8 @@ import optax
 import torch
 from jaxtyping import Array, Float, Int, UInt8
 
-from ae_jax import collapse, devices, weights
-from ae_jax.config import Config, TrainConfig
+from ae_jax import devices, weights
+from ae_jax.config import TrainConfig
 from ae_jax.data import Dataset
 from ae_jax.keys import Purpose, key_for
 from ae_jax.models.dense import Autoencoder
@@ -28,7 +28,6 @@ from ae_jax.parity import lockstep
 from ae_jax.parity.lockstep import Snapshot
 from ae_jax.runs.program import Program, build
 from ae_jax.runs.run import in_blocks, method_of
-from ae_jax.runs.timing import make_runner
 from ae_jax.train import (
     Block,
     Params,
@@ -38,7 +37,6 @@ from ae_jax.train import (
     scale,
 )
 from ae_jax.weights import Precision, StateDict
-from experiments import _contenders
 from experiments import pytorch_baseline as baseline
 
 Row = dict[str, Any]
@@ -94,12 +92,9 @@ class Pair:
             model.load_state_dict(tensors)
         return model
 
-    def adam(
-        self, model: torch.nn.Module, fused: bool | None = None
-    ) -> torch.optim.Optimizer:
-        """PyTorch's optimiser of a model; None lets PyTorch choose the variant."""
-        rate = self.train.learning_rate
-        return torch.optim.Adam(model.parameters(), lr=rate, fused=fused)
+    def adam(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """PyTorch's optimiser of a model."""
+        return torch.optim.Adam(model.parameters(), lr=self.train.learning_rate)
 
 
 def our_epochs(
@@ -297,57 +292,3 @@ def measure_drift(pair: Pair, num_steps: int) -> dict[str, list[float]]:
         name: lockstep.relative_losses(values, reference).tolist()
         for name, values in runs.items()
     }
-
-
-# --- Runs with draws of their own ----------------------------------------------------
-
-
-def train_theirs(pair: Pair, seed: int) -> Row:
-    """PyTorch's run of one seed, weights and batches drawn by PyTorch; its outcome."""
-    torch.manual_seed(seed)
-    images = torch.from_numpy(pair.dataset.train.images)
-    model = pair.theirs()
-    optimizer = pair.adam(model, fused=True)
-    for _ in range(pair.train.num_epochs):
-        order = torch.randperm(len(images)).split(pair.train.batch_size)
-        baseline.train_epoch(model, optimizer, baseline.scaled_batches(images, order))
-    test = pair.dataset.test.images
-    dead = collapse.dead_units(baseline.apply(model.encoder, test))
-    return {
-        "seed": seed,
-        "test/mse": mse(baseline.apply(model, test), test),
-        "latent/dead_units": int(dead.sum()),
-        "latent/collapsed": bool(dead.all()),
-    }
-
-
-# --- Speed ---------------------------------------------------------------------------
-
-
-def race(pair: Pair, num_steps: int, num_rounds: int) -> list[Row]:
-    """All contenders in one process, timed in turns.
-
-    Returns:
-        Of each round the seconds per epoch by contender, PyTorch's threads, and why one
-        is missing.
-    """
-    images = pair.dataset.train.images
-    size, rate = pair.train.batch_size, pair.train.learning_rate
-    with precision("float32"):
-        ours = make_runner(Config(model=pair.model, train=pair.train), images)
-    contenders = {
-        "ours": ours,
-        **_contenders.make_contenders(images, pair.theirs, size, rate),
-    }
-    steps = -(-len(images) // size)
-    num_steps = min(num_steps, steps)
-    timed = _contenders.race(contenders, num_steps, num_rounds)
-    share = steps / num_steps
-    return [
-        {
-            "epoch_s": {name: share * seconds for name, seconds in of.items()},
-            "threads": timed["threads"],
-            "failed": timed["failed"],
-        }
-        for of in timed["rounds"]
-    ]

@@ -7,15 +7,13 @@ cost. Expect no dead unit without a ReLU on the latent, and a lower error; it to
 minutes of processor time.
 """
 
-import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from pydantic import PositiveInt
 
-from ae_jax import cli, config
-from ae_jax import collapse as outcomes
+from ae_jax import cli, collapse
 from ae_jax.config import TrainConfig
 from ae_jax.data import Digits
 from ae_jax.options import options
@@ -63,111 +61,69 @@ PRESETS = {
 }
 
 
-def cells(collapse: Collapse, done: Mapping[str, Rows]) -> dict[str, Cell]:
+def cells(base: Collapse, done: Mapping[str, Rows]) -> dict[str, Cell]:
     """A setting for each factor; once they are trained, the best for longer.
 
     The best, among those with as many latent units, have the most healthy runs; of two
     alike, the one of lower median test MSE.
     """
-    settings = {"tutorial": collapse}
+    settings = {"tutorial": base}
     for name, (part, field, value) in FACTORS.items():
-        section = dataclasses.replace(getattr(collapse, part), **{field: value})
-        settings[name] = dataclasses.replace(collapse, **{part: section})
-    short = {
-        f"short/{name}": Cell(setting, collapse.num_seeds)
-        for name, setting in settings.items()
-    }
-    if not set(short) <= set(done):
-        return short
-    latent_dim = collapse.model.latent_dim
-    rivals = {
-        name: outcomes.summarise_runs(done[f"short/{name}"])
-        for name, setting in settings.items()
-        if name != "tutorial" and setting.model.latent_dim == latent_dim
-    }
+        section = replace(getattr(base, part), **{field: value})
+        settings[name] = replace(base, **{part: section})
+    cells = {f"short/{k}": Cell(of, base.num_seeds) for k, of in settings.items()}
+    if not set(cells) <= set(done):
+        return cells
 
     def rank(name: str) -> tuple[float, float]:
-        return -rivals[name]["share_healthy"], rivals[name]["test/mse/median"]
+        summary = collapse.summarise_runs(done[f"short/{name}"])
+        return -summary["share_healthy"], summary["test/mse/median"]
 
-    chosen = ["tutorial", *sorted(rivals, key=rank)[: collapse.num_best]]
-    return short | {
-        f"long/{name}": Cell(
-            _for_epochs(settings[name], collapse.long_epochs), collapse.long_seeds
-        )
-        for name in chosen
-    }
-
-
-def _for_epochs(setting: Collapse, num_epochs: int) -> Collapse:
-    train = dataclasses.replace(setting.train, num_epochs=num_epochs)
-    return dataclasses.replace(setting, train=train)
+    latent_dim = base.model.latent_dim
+    rivals = [k for k, of in settings.items() if of.model.latent_dim == latent_dim]
+    chosen = ["tutorial", *sorted(set(rivals) - {"tutorial"}, key=rank)]
+    for name in chosen[: base.num_best + 1]:
+        train = replace(settings[name].train, num_epochs=base.long_epochs)
+        longer = replace(settings[name], train=train)
+        cells[f"long/{name}"] = Cell(longer, base.long_seeds)
+    return cells
 
 
-def summarise(collapse: Collapse, rows: Mapping[str, Rows]) -> dict[str, Any]:
+def summarise(base: Collapse, rows: Mapping[str, Rows]) -> dict[str, Any]:
     """The outcomes of each setting; a figure of the shares, and one of the scores."""
     from ae_jax import plots  # not before: matplotlib takes half a second
 
-    summary = {name: outcomes.summarise_runs(of_it) for name, of_it in rows.items()}
+    def part(prefix: str) -> dict[str, dict[str, list[float]]]:
+        of_part = {k: v for k, v in rows.items() if k.startswith(prefix)}
+        scores = collapse.scores_by_outcome
+        return {k.removeprefix(prefix): scores(v) for k, v in of_part.items()}
+
     counts = {
-        name.removeprefix("short/"): {
-            outcome: of_it[outcome.replace("-", "_")] for outcome in outcomes.OUTCOMES
-        }
-        for name, of_it in summary.items()
-        if name.startswith("short/")
+        name: {outcome: len(scores) for outcome, scores in of_it.items()}
+        for name, of_it in part("short/").items()
     }
-    plots.save(plots.shares(counts), collapse.run_dir / "collapse.png")
-    scores: dict[str, dict[str, list[float]]] = {
-        name.removeprefix("long/"): {
-            outcome: [row["test/mse"] for row in of_it if row["outcome"] == outcome]
-            for outcome in outcomes.OUTCOMES
-        }
-        for name, of_it in rows.items()
-        if name.startswith("long/")
-    }
-    label = f"test MSE after {collapse.long_epochs} epochs"
-    figure = plots.outcomes(scores, label)
-    plots.save(figure, collapse.run_dir / "collapse_cost.png")
-    return summary
+    label = f"test MSE after {base.long_epochs} epochs"
+    cost = plots.outcomes(part("long/"), label)
+    plots.save(plots.shares(counts), base.run_dir / "collapse.png")
+    plots.save(cost, base.run_dir / "collapse_cost.png")
+    return {cell: collapse.summarise_runs(of_it) for cell, of_it in rows.items()}
 
 
-def main(collapse: Collapse) -> None:
+def main(base: Collapse) -> None:
     """Run the study in ``run_dir``, or resume it there."""
     study.use_all_cores()
-    summary = study.run_study("collapse", collapse, cells, summarise)
-    for name, of_it in summary.items():
-        shares = ", ".join(f"{row[0]} {row[2]}" for row in study.outcome_rows(of_it))
-        print(f"{name}: {shares}")
-    if not config.differences_that_matter(PRESETS["reference"], collapse):
-        write_result(collapse, summary)
-
-
-def write_result(collapse: Collapse, summary: dict[str, Any]) -> None:
-    """Keep the outcome as experiments/results/collapse.json."""
-    first, tutorial = collapse.train.seed, summary["short/tutorial"]
-    shares = [of_it["share_healthy"] for of_it in summary.values()]
-    rows = []
-    for name, of_it in summary.items():
-        part, _, setting = name.partition("/")
-        shown = [row[2] for row in study.outcome_rows(of_it)]
-        rows.append([part, setting, *shown, f"{of_it['test/mse/median']:.4f}"])
-    results.write_result(
-        Path(__file__).parent / "results" / "collapse.json",
-        experiment="collapse",
-        seeds=list(range(first, first + collapse.num_seeds)),
-        headline={
-            "num_seeds": collapse.num_seeds,
+    summary = study.run_study("collapse", base, cells, summarise)
+    table = study.outcome_table("What makes latent units die", summary)
+    print(results.to_markdown(table))
+    if study.is_reference(base, PRESETS):
+        tutorial = summary["short/tutorial"]
+        headline = {
+            "num_seeds": base.num_seeds,
             "share_collapsed_tutorial": tutorial["share_collapsed"],
             "share_part_dead_tutorial": tutorial["share_part_dead"],
-            "share_healthy_best": max(shares),
-        },
-        table={
-            "title": "What makes latent units die",
-            "columns": ["part", "setting", *outcomes.OUTCOMES, "median test MSE"],
-            "rows": rows,
-            "caption": f"{collapse.num_seeds} seeds for {collapse.train.num_epochs} "
-            f"epochs, then {collapse.long_seeds} for {collapse.long_epochs}",
-        },
-    )
+            "share_healthy_best": max(of["share_healthy"] for of in summary.values()),
+        }
+        study.keep_result("collapse", base, headline, table)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,26 @@
 """The tutorial in PyTorch: what the JAX side is measured against.
 
-GeeksforGeeks' "Implement Deep Autoencoder in PyTorch for Image Reconstruction", step by
-step and image by image as it is written there, on the same prepared data and with the
-same scores and figures as experiments.tutorial; no JAX is loaded. The weights are kept
-as weights.safetensors. Nothing resumes here: a finished run is left as it is, an
-unfinished one starts again. Expect a test MSE of about 0.036 where no latent unit dies,
-after one to four minutes on two cores.
+GeeksforGeeks' "Implement Deep Autoencoder in PyTorch for Image Reconstruction", image
+by image as it is written there. The run folder is like any other, but for its
+checkpoints, which hold state dicts: it is scored and drawn, evaluated, compared and
+converted by the same code. Nothing resumes here: what is unfinished starts again.
+Expect a test MSE of about 0.036 where no latent unit dies, after one to four minutes on
+two cores.
 """
 
-import copy
 import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import field
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL.Image
 from jaxtyping import Float, Int, UInt8
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
 
-from ae_jax import STARTED, cli, collapse, data, metrics, registry, weights
+from ae_jax import collapse
 from ae_jax.errors import Diverged, UserError
-from ae_jax.files import write_json
-from ae_jax.options import options
-from ae_jax.runs import folder
 
 try:
     import torch
@@ -45,53 +38,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+if TYPE_CHECKING:  # JAX is loaded by what needs it: not by the tutorial's parts
+    from ae_jax.config import Config
+    from ae_jax.runs.member import Member, Shared
+    from ae_jax.weights import StateDict
+
 NAME = "pytorch_baseline"
-Row = dict[str, Any]
-
-
-@options
-class Model:
-    """Which network; the pixel count follows the data set."""
-
-    hidden: tuple[PositiveInt, ...] = (128, 64, 12)
-    """Widths of the encoder's hidden layers; the decoder mirrors them."""
-    latent_dim: PositiveInt = 3
-    """Units of the latent."""
-
-
-@options
-class Train:
-    """How it is trained: mean squared error, Adam."""
-
-    num_epochs: PositiveInt = 10
-    """Passes over the training split."""
-    batch_size: PositiveInt = 64
-    """Images per update; the last batch of an epoch is short, and kept."""
-    learning_rate: PositiveFloat = 1e-3
-    """Adam's step size."""
-    seed: NonNegativeInt = 0
-    """Seed of every draw: initial weights, order of the images."""
-
-
-@options
-class Config:
-    """Those fields of ``ae_jax.config.Config`` that the tutorial in PyTorch honours."""
-
-    run_dir: Path = Path("runs/run")
-    """Run folder: made, begun again, or, if finished, left as it is."""
-    data: Any = field(default_factory=data.Mnist)
-    """--data.name chooses the data set; these are the options of the chosen one."""
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
-
-
-PRESETS = {
-    "reference": Config(),
-    "quick": Config(data=data.Digits(), train=Train(num_epochs=3)),
-}
-
-SHOWN = (1, 5, 10)
-"""Epochs whose reconstructions are shown; the last one always is."""
 
 # --- The tutorial's parts ------------------------------------------------------------
 
@@ -219,6 +171,23 @@ def scaled_batches(
         yield images[rows].flatten(1).to(torch.get_default_dtype()).div(255)
 
 
+class InMemory:
+    """Batches of images that stay in memory: what the loader gives, but faster.
+
+    Args as of :func:`make_loader`.
+    """
+
+    def __init__(
+        self, images: UInt8[np.ndarray, "N H W C"], batch_size: int, seed: int
+    ) -> None:
+        self._images, self._batch_size = torch.from_numpy(images), batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "B D"]]:
+        order = torch.randperm(len(self._images), generator=self._generator)
+        return scaled_batches(self._images, order.split(self._batch_size))
+
+
 @torch.inference_mode()
 def apply(
     module: torch.nn.Module, images: UInt8[np.ndarray, "N H W C"]
@@ -230,189 +199,185 @@ def apply(
     return torch.cat([module(batch.to(device)).cpu() for batch in batches]).numpy()
 
 
-def to_numpy(tensors: Iterable[tuple[str, Tensor]]) -> weights.StateDict:
+def to_numpy(tensors: Iterable[tuple[str, Tensor]]) -> "StateDict":
     """Copies of named tensors."""
     return {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors}
 
 
-def score(model: Autoencoder, images: UInt8[np.ndarray, "N H W C"]) -> Row:
-    """What the model is worth on a whole split: means over its images, dead units."""
-    recon = apply(model, images).reshape(images.shape)
-    target = images.astype(recon.dtype) / 255
-    means = metrics.mean_metrics(metrics.per_image_metrics(recon, target))
-    dead = collapse.dead_units(apply(model.encoder, images))
-    return {
-        **{f"test/{name}": value for name, value in means.items()},
-        "latent/dead_units": int(dead.sum()),
-        "latent/collapsed": bool(dead.all()),
-    }
+# --- Runs ----------------------------------------------------------------------------
+
+TUTORIAL = {
+    "data.num_validation": 0,
+    "data.streaming": False,
+    "model.name": "autoencoder",
+    "model.latent_activation": "relu",
+    "model.init": "torch",
+    "objective.name": "reconstruction",
+    "objective.loss": "mse",
+    "train.schedule": "constant",
+    "train.warmup_steps": 0,
+    "train.weight_decay": 0.0,
+    "train.clip_norm": None,
+    "train.patience": None,
+    "train.init_from": None,
+    "train.precision": "float32",
+    "mesh.data": None,
+    "distributed": False,
+}
+"""What the tutorial does, and has no option for."""
+
+Batches = Callable[[UInt8[np.ndarray, "N H W C"], int, int], Iterable[Tensor]]
+"""Images, batch size and seed to batches: each time iterated, in another order."""
 
 
-# --- The tutorial's course, in a run folder ------------------------------------------
+def use_one_thread() -> None:
+    """Have PyTorch leave the other cores to JAX."""
+    torch.set_num_threads(1)
 
 
-def main(config: Config) -> None:
-    """Follow the tutorial in ``config.run_dir``, unless that is done already.
-
-    Raises:
-        UserError: the folder is in use, is no run folder or holds another run; or the
-            data set cannot be had.
-        Diverged: the loss is not finite.
-    """
-    if is_finished(config):
-        return
-    dataset = data.load(config.data)
-    with folder.lock(config.run_dir):
-        describe(config, dataset)
-        follow_tutorial(config, dataset)
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The config as config.json has it."""
-    plain: dict[str, Any] = TypeAdapter(Config).dump_python(config, mode="json")
-    name = registry.name_of(data.DATASETS, config.data)
-    return {**plain, "data": {"name": name, **plain["data"]}}
-
-
-def is_finished(config: Config) -> bool:
-    """Whether this very run is done; says so.
+def check_options(config: "Config") -> None:
+    """Refuse a config that asks for what the tutorial does not do.
 
     Raises:
-        UserError: the folder holds another run.
+        UserError: names the field, and what it must be.
     """
-    known = folder.read_known(config.run_dir, NAME)
-    if not known:
-        return False
-    different = [
-        f"{part}.{name}: the run has {known['config'][part].get(name)}, you asked for "
-        f"{value}"
-        for part, values in to_json(config).items()
-        if part != "run_dir"
-        for name, value in values.items()
-        if name not in ("dir", "source") and known["config"][part].get(name) != value
-    ]
-    if different:
-        raise UserError(
-            f"{config.run_dir} holds another run: {'; '.join(different)}. Choose "
-            "another --run-dir, or delete the run"
-        )
-    summary = folder.read_summary(config.run_dir)
-    if not summary:
-        return False
-    print(f"{config.run_dir} is finished: test/mse {summary['test/mse']:.4f}")
-    return True
+    from ae_jax.config import flatten, to_json
+
+    values = flatten(to_json(config))
+    for name, wanted in TUTORIAL.items():
+        if values.get(name, wanted) != wanted:
+            raise UserError(
+                f"{name}: must be {wanted}, as in the tutorial in PyTorch, got "
+                f"{values[name]}"
+            )
 
 
-def describe(config: Config, dataset: data.Dataset) -> None:
-    """Write config.json."""
-    kind = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    now = folder.environment({"kind": kind, "count": 1})
-    now["versions"]["torch"] = str(torch.__version__)
-    about = {"format": folder.FORMAT, "experiment": NAME, "config": to_json(config)}
-    about |= {**now, "data": dataset.describe(), "code": {}, "history": []}
-    write_json(config.run_dir / "config.json", about)
+def train_run(config: "Config") -> None:
+    """Train the run of a config as the tutorial does; see :func:`train_runs`."""
+    from ae_jax import STARTED
+    from ae_jax.runs.member import Shared
+
+    train_runs([config], NAME, 1, Shared(), make_loader, STARTED)
 
 
-def follow_tutorial(config: Config, dataset: data.Dataset) -> None:
-    """The tutorial's steps, in its order."""
-    from ae_jax import baselines, plots  # not before: matplotlib takes a second
+def train_runs(
+    configs: Sequence["Config"],
+    experiment: str,
+    together: int,
+    shared: "Shared",
+    make_batches: Batches = InMemory,
+    started: float = 0.0,
+) -> None:
+    """Train runs one after the other, each in its folder, unless that is done already.
 
-    train, test, seed = dataset.train.images, dataset.test.images, config.train.seed
-    figures = config.run_dir / "figures"
-    figures.mkdir(exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    Args:
+        configs: of the runs.
+        experiment: its name.
+        together: as for :func:`trainer.train_in_folders`; here it has no effect.
+        shared: what they have in common.
+        make_batches: how they are fed; it changes how fast they train, not how well.
+        started: the ``time.monotonic()`` from which the first one's time counts.
 
-    # 25 random training images.
-    rows = np.random.default_rng(seed).permutation(len(train))[:25]
-    plots.save(plots.samples(train[rows]), figures / "samples.png")
+    Raises:
+        UserError: a config asks for what the tutorial does not do; a folder is in use,
+            is no run folder or holds another run; or the data set cannot be had.
+        Diverged: a loss is not finite.
+    """
+    from ae_jax.runs import folder
+    from ae_jax.runs.member import Member
 
-    # The network, and its training.
-    torch.manual_seed(seed)
-    sizes = (math.prod(dataset.shape), config.model.hidden, config.model.latent_dim)
-    model = Autoencoder(*sizes).to(device)
-    first_step_s = time.monotonic() - STARTED
-    epochs, last_batch, kept = fit(model, config, train)
-    path = config.run_dir / "weights.safetensors"
-    weights.write_safetensors(path, to_numpy(model.state_dict().items()))
+    for config in configs:
+        check_options(config)
+        shared.dataset(config.data)  # before the folder is made
+        with folder.lock(config.run_dir):
+            member = Member(config, started, "pytorch")
+            if not member.finished:
+                follow_tutorial(member, experiment, shared, make_batches)
+            elif len(configs) == 1:
+                member.report_finished()
 
-    # The training loss.
-    losses = [row["train/mse"] for row in epochs]
-    figure = plots.training_loss([row["epoch"] for row in epochs], losses)
-    plots.save(figure, figures / "training_loss.png")
 
-    # Five digits of the last epoch's last batch, after some epochs. The tutorial shows
-    # other digits in each row, those of that epoch's last batch, which tells progress
-    # from chance less well; and its outputs are from before the batch's update.
-    shown, recons = last_batch[:5], {}
-    for epoch, state in kept.items():  # at the end the model has its own back
-        model.load_state_dict(state)
-        recons[epoch] = apply(model, shown).reshape(shown.shape)
-    figure = plots.reconstructions_by_epoch(recons, shown)
-    plots.save(figure, figures / "reconstructions_by_epoch.png")
+def follow_tutorial(
+    member: "Member",
+    experiment: str,
+    shared: "Shared",
+    make_batches: Batches,
+) -> None:
+    """The tutorial's course: look at the images, train, reconstruct, plot and score.
 
-    # The test split: ten images of its last batch, and the score over all of it.
+    Args:
+        member: the run, whose folder is held.
+        experiment: its name.
+        shared: what it has in common with other runs.
+        make_batches: how it is fed.
+    """
+    from ae_jax.runs.checkpoint import Weights
+
+    alone = experiment == NAME  # of a study's many runs a line each is enough
+    config, cuda = member.config, torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    dataset, seed = shared.dataset(config.data), config.train.seed
+    train, test = dataset.train.images, dataset.test.images
+    kind = torch.cuda.get_device_name() if cuda else "cpu"
+    member.describe(experiment, dataset, {"kind": kind, "count": 1})
+    member.checkpoints.remove_after(0)  # what was interrupted starts again
     size = config.train.batch_size
-    last_test = test[(len(test) - 1) // size * size :][:10]
-    recon = apply(model, last_test).reshape(last_test.shape)
-    figure = plots.test_reconstructions(recon, last_test)
-    plots.save(figure, figures / "test_reconstructions.png")
-    summary = {
-        "train/mse": losses[-1],
-        **score(model, test),
-        "baseline/mean_image/test/mse": baselines.mean_image_mse(train, test),
-        "baseline/pca/test/mse": baselines.pca_mse(train, test, sizes[-1]),
-        "steps": epochs[-1]["step"],
-        "epochs": len(epochs),
-        "stopped": False,
-        "wall_s": time.monotonic() - STARTED,
-        "first_step_s": first_step_s,
-        "peak_memory_bytes": folder.peak_memory_bytes(),
-    }
-    write_json(config.run_dir / "summary.json", summary)  # with it, it is finished
-    print("\n".join(f"{name:32}{value:.5g}" for name, value in summary.items()))
+    num_steps = -(-len(train) // size)
+    member.begin(num_steps)
 
-
-def fit(
-    model: Autoencoder, config: Config, images: UInt8[np.ndarray, "N H W C"]
-) -> tuple[list[Row], UInt8[np.ndarray, "B H W C"], dict[int, dict[str, Tensor]]]:
-    """Train the model.
-
-    Returns:
-        The rows of metrics.jsonl; the last epoch's last batch; and the weights after
-        each epoch whose reconstructions are shown.
-    """
-    num_epochs, rate = config.train.num_epochs, config.train.learning_rate
-    loader = make_loader(images, config.train.batch_size, config.train.seed)
+    torch.manual_seed(seed)
+    sizes = math.prod(dataset.shape), config.model.hidden, config.model.latent_dim
+    model = Autoencoder(*sizes).to(device)
+    rate = config.train.learning_rate
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    device = next(model.parameters()).device
-    rows: list[Row] = []
-    kept = {}
-    for epoch in range(1, num_epochs + 1):
+    loader = make_batches(train, size, seed)
+    for epoch in range(1, config.train.num_epochs + 1):
         start = time.perf_counter()
-        bar = tqdm(loader, f"epoch {epoch}/{num_epochs}", leave=False, disable=None)
-        batches = (batch.to(device) for batch in bar)
-        loss, last_batch = train_epoch(model, optimizer, batches)
-        wall_s = time.perf_counter() - start
+        bar = tqdm(loader, f"epoch {epoch}", num_steps, leave=False, disable=None)
+        loss, batch = train_epoch(model, optimizer, (b.to(device) for b in bar))
+        seconds = time.perf_counter() - start
+        member.note_seconds(seconds)
         if not math.isfinite(loss):
             raise Diverged(
                 f"{config.run_dir}: diverged in epoch {epoch}: train/mse {loss:g}; try "
                 "a smaller --train.learning-rate, in another --run-dir"
             )
-        dead = int(collapse.dead_units(apply(model.encoder, images)).sum())
-        row: Row = {"epoch": epoch, "step": epoch * len(loader), "train/mse": loss}
-        row |= {"latent/dead_units": dead, "train/learning_rate": rate}
-        rows.append({**row, "wall_s": wall_s, "images_per_s": len(images) / wall_s})
-        folder.write_metrics(config.run_dir, rows)
-        print(f"epoch {epoch}/{num_epochs}  train/mse {loss:.5f}  {wall_s:.1f} s")
-        if epoch in SHOWN or epoch == num_epochs:
-            kept[epoch] = copy.deepcopy(model.state_dict())
-    pixels = last_batch.reshape(-1, *images.shape[1:]).mul(255).round()
-    return rows, pixels.to(torch.uint8).cpu().numpy(), kept
+        dead = int(collapse.dead_units(apply(model.encoder, train)).sum())
+        member.log_epoch(
+            {
+                "epoch": epoch,
+                "step": epoch * num_steps,
+                "train/mse": loss,
+                "train/learning_rate": rate,
+                "latent/dead_units": dead,
+                "wall_s": seconds,
+                "images_per_s": len(train) / seconds,
+            }
+        )
+        if alone:
+            print(f"epoch {epoch}  train/mse {loss:.5f}  {seconds:.1f} s", flush=True)
+        state_dict = to_numpy(model.state_dict().items())
+        member.save(Weights(epoch * num_steps, state_dict))
+        member.prune()
+
+    # The tutorial shows other digits in each row, those of that epoch's last batch,
+    # which tells progress from chance less well.
+    last = batch.reshape(-1, *dataset.shape).mul(255).round().to(torch.uint8).cpu()
+    rows = np.random.default_rng(seed).permutation(len(train))[:25]
+    shown = test[(len(test) - 1) // size * size :][:10]
+    member.show({"samples": train[rows], "train": last[:5].numpy(), "test": shown})
+    member.finish(shared, {}, shown=alone)
+    if not alone:
+        print(f"PyTorch, seed {seed}: train/mse {loss:.5f}", flush=True)
 
 
 if __name__ == "__main__":
-    known = {"data": data.DATASETS}
-    args = sys.argv[1:]
-    cli.exit_with(
-        lambda: main(cli.parse(NAME, PRESETS, __doc__ or "", args, None, known))
-    )
+    from ae_jax import cli
+    from ae_jax.config import Config, TrainConfig
+    from ae_jax.data import Digits
+
+    PRESETS = {
+        "reference": Config(),
+        "quick": Config(data=Digits(), train=TrainConfig(num_epochs=3)),
+    }
+    cli.run_experiment(NAME, PRESETS, __doc__, train_run)

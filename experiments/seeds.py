@@ -6,10 +6,9 @@ healthy, about as many collapsed; 11 minutes on two cores.
 """
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from ae_jax import cli, collapse, config
+from ae_jax import cli, collapse
 from ae_jax.config import TrainConfig
 from ae_jax.data import Digits
 from ae_jax.runs import results, study, timing
@@ -40,33 +39,14 @@ def main(seeds: Study) -> None:
     """Train the seeds in ``run_dir``, or resume them there."""
     study.use_all_cores()
     summary = study.run_study("seeds", seeds, cells, summarise)
-    for row in study.outcome_rows(summary):
-        print(f"{row[0]:10}{row[1]:>6} seeds   {row[2]:20}   test MSE {row[3]}")
-    print(study.median_line(summary))
-    if not config.differences_that_matter(PRESETS["reference"], seeds):
-        write_result(seeds, summary)
-
-
-def write_result(seeds: Study, summary: dict[str, Any]) -> None:
-    """Keep the outcome as experiments/results/seeds.json."""
-    first, ratio = seeds.train.seed, timing.seed_time_ratio(seeds, seeds.together)
-    results.write_result(
-        Path(__file__).parent / "results" / "seeds.json",
-        experiment="seeds",
-        seeds=list(range(first, first + seeds.num_seeds)),
-        headline={
-            "num_seeds": seeds.num_seeds,
-            "share_collapsed": summary["share_collapsed"],
-            "seed_epoch_s_ratio": ratio,
-        },
-        table={
-            "title": f"{seeds.num_seeds} seeds of the tutorial",
-            "columns": ["latent", "seeds", "share (95 %)", "median test MSE"],
-            "rows": study.outcome_rows(summary),
-            "caption": f"{study.median_line(summary)}; a seed takes {ratio:.2f} of a "
-            "single run's time",
-        },
-    )
+    table = study.outcome_table("How the seeds end", {"tutorial": summary})
+    print(results.to_markdown(table))
+    if study.is_reference(seeds, PRESETS):
+        ratio = timing.seed_time_ratio(seeds, seeds.together)
+        headline = {name: summary[name] for name in ("num_seeds", "share_collapsed")}
+        headline["seed_epoch_s_ratio"] = ratio
+        table["caption"] += f" A seed takes {ratio:.2f} of a single run's time."
+        study.keep_result("seeds", seeds, headline, table)
 
 
 if __name__ == "__main__":

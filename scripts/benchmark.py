@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,6 +149,19 @@ def run_command(experiment: str, run_dir: Path, *options: str, **env: str) -> Ro
     return {**summary, "command_s": seconds, "images_per_s": speed}
 
 
+def run_pytorch(*args: str) -> Row:
+    """The whole job in PyTorch, without JAX: its memory and time."""
+    code = "import sys; from experiments._contenders import whole_job as job\n"
+    command = [sys.executable, "-c", f"{code}job(*sys.argv[1:])", *args]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"PyTorch's tutorial failed: {done.stderr.strip()}")
+    return {**loads(done.stdout), "command_s": time.perf_counter() - start}
+
+
 def measure_commands(
     sizes: Sizes, images: np.ndarray, options: list[str], place: Path
 ) -> Row:
@@ -159,7 +173,8 @@ def measure_commands(
         for name in ("cold", "cached")
     }
     if importlib.util.find_spec("torch"):
-        found["pytorch"] = run_command("pytorch_baseline", place / "pytorch", *job)
+        name, folder = options[1], options[3]
+        found["pytorch"] = run_pytorch(name, folder, str(sizes.epochs))
     found["scaling"] = []
     job = [*options, "--train.batch-size", "8192", "--train.num-epochs", "3"]
     flags = f"--xla_force_host_platform_device_count={max(sizes.devices, default=1)}"
@@ -245,7 +260,7 @@ def fastest_product(shape: tuple[int, int, int]) -> float:
     """Seconds of one float32 product (m, k, n) by NumPy's BLAS or PyTorch's."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    from ae_jax.runs.folder import usable_cores
+    from ae_jax.runs.environment import usable_cores
 
     m, k, n = shape
     a, b = np.ones((m, k), np.float32), np.ones((k, n), np.float32)
@@ -265,7 +280,7 @@ def fastest_product(shape: tuple[int, int, int]) -> float:
 
 def measure_bandwidth(num_bytes: int) -> float:
     """Bytes a second at which arrays of so many in all are added, by all cores."""
-    from ae_jax.runs.folder import usable_cores
+    from ae_jax.runs.environment import usable_cores
 
     def add(arrays: list[np.ndarray]) -> None:
         np.add(arrays[0], arrays[1], out=arrays[2])

@@ -48,7 +48,7 @@ def main(
     if len(set(run_dirs)) < 2:
         raise UserError(f"compare needs two runs or more, got {len(set(run_dirs))}")
     described = {path: folder.read_description(path) for path in run_dirs}
-    fields = {path: config.flatten(d["config"]) for path, d in described.items()}
+    fields = {path: config.flatten(d.config) for path, d in described.items()}
     epochs = {path: folder.read_metrics(path) for path in run_dirs}
     scores = {path: final_scores(path, rows) for path, rows in epochs.items()}
     metrics = shared_metrics(list(scores.values()))
@@ -68,11 +68,11 @@ def main(
     if unfinished := [str(path) for path, row in scores.items() if "steps" not in row]:
         raise UserError(f"not finished: {', '.join(unfinished)}; finish them")
     rows = [fields[path] | row for path, row in scores.items()]
-    experiment = described[run_dirs[0]]["experiment"]
+    experiment = described[run_dirs[0]].experiment
     table = make_table(f"Runs of {experiment}", rows, [*differ, *metrics])
     headline, table["caption"] = conclude(rows, metrics)
     path = Path("experiments") / "results" / f"{result}.json"
-    accelerator = described[run_dirs[0]]["device"]["kind"]
+    accelerator = described[run_dirs[0]].device["kind"]
     seeds = [row.get("train.seed", 0) for row in rows]
     write_result(path, experiment, seeds, headline, table, accelerator)
     print(f"result: {path}")

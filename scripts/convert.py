@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 
 from ae_jax import cli, data, registry, weights
 from ae_jax.errors import UserError
-from ae_jax.files import write_file, write_json
+from ae_jax.files import write_file
 from ae_jax.weights import StateDict
 
 if TYPE_CHECKING:
@@ -167,15 +167,22 @@ def _write_run(
 
     from ae_jax.config import to_json
     from ae_jax.devices import numerics
+    from ae_jax.runs import environment
     from ae_jax.runs.checkpoint import Checkpoints
-    from ae_jax.runs.folder import FORMAT, environment
+    from ae_jax.runs.folder import Data, Description, write_description
     from ae_jax.runs.program import build
 
     train, folder = settings.train, settings.run_dir
-    saved = {"config": to_json(settings), "data": dataset.describe()}
-    description = {"format": FORMAT, "experiment": "run", "weights": str(src), **saved}
     kind = {"kind": jax.devices()[0].device_kind, "count": 1}
-    description |= {**environment(kind), "code": {}, "history": []}
+    origin: dict[str, Any] = {"weights": str(src)}
+    description = Description(
+        experiment="run",
+        config=to_json(settings),
+        data=Data(**dataset.describe()),
+        **environment.here(kind).model_dump(exclude={"date"}),
+        **origin,
+    )
+    saved = description.model_dump(include={"config", "data"}, mode="json")
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent)
     with numerics(train.precision), place as beside:
@@ -185,7 +192,7 @@ def _write_run(
         params = jax.tree.map(jnp.asarray, weights.to_linen(state_dict))
         made = Path(beside) / folder.name
         made.mkdir()
-        write_json(made / "config.json", description)
+        write_description(made, description)
         history = {"rows": [], "epoch_s": 0.0, "wall_s": 0.0, **saved}
         with Checkpoints(made / "checkpoints") as checkpoints:
             checkpoints.save(program.start_from(params, train.seed), history)

@@ -29,7 +29,7 @@ from ae_jax.files import read_json, write_json
 from ae_jax.options import options
 from experiments import tutorial
 
-TIMES = ("wall_s", "images_per_s", "first_step_s", "peak_memory_bytes")
+TIMES = ("digest", "wall_s", "images_per_s", "first_step_s", "peak_memory_bytes")
 """What no two runs have in common."""
 
 
@@ -192,8 +192,7 @@ def describe_end(run_dir: Path) -> dict[str, Any]:
     }
     paths = [*run_dir.glob("*"), *run_dir.glob("[cf]*/*")]
     left = sorted(str(path.relative_to(run_dir)) for path in paths)
-    logs = len(list(run_dir.glob("tensorboard/*")))
-    return {**state, **numbers, **figures, "files": left, "tensorboard files": logs}
+    return {**state, **numbers, **figures, "files": left}
 
 
 def report(line: str) -> None:

@@ -55,7 +55,7 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 def steps_of(run_dir: Path) -> list[int]:
     """The checkpoints that there are."""
     names = os.listdir(run_dir / "checkpoints")
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if name.isascii() and name.isdecimal())
 
 
 def digests_of(run_dir: Path, step: int | None = None) -> dict[str, str]:

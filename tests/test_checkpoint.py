@@ -165,13 +165,34 @@ def test_a_step_under_another_number_is_damaged(interrupted):
             use(interrupted)
 
 
-def test_a_damaged_older_step_does_not_stop_the_newest(interrupted, finished_run):
-    shutil.rmtree(interrupted.run_dir / "checkpoints" / "21" / "state")
-    with pytest.raises(UserError, match="21: damaged checkpoint"):
-        open_run(interrupted.run_dir, 21)
-    settings = replace(interrupted, figures=FiguresConfig(draw=False))
-    train_run(settings)
-    assert_same_end(settings.run_dir, finished_run.folder)
+def test_a_damaged_older_step_is_found_before_the_training(interrupted, finished_run):
+    """For at the end the figures would ask for it."""
+    damaged = interrupted.run_dir / "checkpoints" / "21"
+    shutil.rmtree(damaged / "state")
+    for use in (train_run, lambda config: open_run(config.run_dir, 21)):
+        with pytest.raises(UserError, match=r"21: damaged .*; delete this"):
+            use(interrupted)
+    assert steps_of(interrupted.run_dir) == [21, 42, 63]
+    shutil.rmtree(damaged)
+    train_run(interrupted)
+    assert_same_end(interrupted.run_dir, finished_run.folder)
+
+
+def test_a_finished_run_that_lost_its_last_step_trains_it_again(tmp_path, finished_run):
+    run_dir = shutil.copytree(finished_run.folder, tmp_path / "run")
+    shutil.rmtree(run_dir / "checkpoints" / "63")
+    train_run(replace(finished_run.config, run_dir=run_dir))
+    assert_same_end(run_dir, finished_run.folder)
+
+
+@pytest.mark.parametrize("name", ["²", "99999999999", "notes", "7.old"])
+def test_a_folder_of_another_name_is_not_ours(name, interrupted, finished_run):
+    other = interrupted.run_dir / "checkpoints" / name
+    shutil.copytree(interrupted.run_dir / "checkpoints" / "21", other)
+    train_run(interrupted)
+    assert (other / "state").exists()
+    shutil.rmtree(other)
+    assert_same_end(interrupted.run_dir, finished_run.folder)
 
 
 def test_float64_comes_back_as_float64(tmp_path):

@@ -140,7 +140,7 @@ def test_the_seeds_of_the_study_are_runs_that_every_command_takes(tmp_path):
     command = ("-m", "experiments.seeds", "--run-dir", tmp_path / "study", *options)
     status, out, err = run(*command, "--train.num-epochs", 1)
     assert status == 0, err
-    assert "median test MSE of all" in out
+    assert "**How the seeds end**" in out
     members = sorted((tmp_path / "study").glob("*/*/config.json"))
     assert [path.parent.name for path in members] == ["0", "1", "2", "3"]
     losses = {rows_of(path.parent)[0]["train/mse"] for path in members}
@@ -163,3 +163,12 @@ def test_python_m_experiments_lists_them_a_line_each():
     for name, line in listed.items():
         text = (ROOT / "experiments" / f"{name}.py").read_text()
         assert line.endswith(ast.get_docstring(ast.parse(text)).splitlines()[0])
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.7])
+def test_a_signal_while_the_command_still_imports_ends_it(seconds, tmp_path):
+    process = start(*tutorial(tmp_path / "run"))
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "")

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -27,7 +28,7 @@ from ae_jax.errors import UserError
 from ae_jax.keys import Purpose, key_for
 from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Reconstruction
-from ae_jax.runs import folder
+from ae_jax.runs import environment, folder
 from ae_jax.runs.run import open_run
 from ae_jax.runs.trainer import train_run
 from ae_jax.train import batch_indices
@@ -197,7 +198,7 @@ def test_the_summary_is_the_last_checkpoints_score(recorded, params):
         "stopped": False,
     }
     assert {k: summary[k] for k in expected} == pytest.approx(expected, rel=1e-7)
-    measured = {"wall_s", "first_step_s", "peak_memory_bytes"}
+    measured = {"wall_s", "first_step_s", "peak_memory_bytes", "digest"}
     assert set(summary) - {"device_peak_bytes"} == {*expected, *measured}
     rows = folder.read_metrics(recorded.folder)
     assert 0 < summary["first_step_s"] < summary["wall_s"]
@@ -254,10 +255,18 @@ def test_tensorboard_holds_the_same_numbers(finished_run):
 def test_a_resumed_runs_tensorboard_holds_each_epoch_once(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    train_until(4, small(tmp_path / "run"))
-    run = train_run(small(tmp_path / "run"))
+    settings = small(tmp_path / "run", num_epochs=3)
+    train_until(9, settings)
+    for path in (settings.run_dir / "checkpoints").glob("[69]"):
+        shutil.rmtree(path)  # the last epoch was logged, but not saved
+    (first,) = (settings.run_dir / "tensorboard").iterdir()
+    logged = first.read_bytes()
+    run = train_run(settings)
+    files = sorted((run.folder / "tensorboard").iterdir())
+    assert len(files) == 2
+    assert files[0].read_bytes() == logged  # it is added to, not written again
     events = EventAccumulator(str(run.folder / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("train/mse")] == [3, 6]
+    assert [event.step for event in events.Scalars("train/mse")] == [3, 6, 9]
 
 
 # --- One process at a time, and nobody else's files ---------------------------------
@@ -316,19 +325,20 @@ def test_a_users_own_files_in_a_run_folder_stay(tmp_path):
 def test_another_environment_is_recorded_and_reported(tmp_path, monkeypatch, capsys):
     settings = small(tmp_path / "run")
     train_until(3, settings)
-    monkeypatch.setattr(folder, "usable_cores", lambda: 99)
-    monkeypatch.setattr(folder.importlib.metadata, "version", lambda name: f"{name} 9")
+    monkeypatch.setattr(environment, "usable_cores", lambda: 99)
+    version = "ae_jax.runs.environment.importlib.metadata.version"
+    monkeypatch.setattr(version, lambda name: f"{name} 9")
     train_until(4, settings)
     (warning,) = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
     assert f"device.cpu_cores {len(os.sched_getaffinity(0))} → 99" in warning
     assert f"versions.jax {jax.__version__} → jax 9" in warning
     assert warning.endswith("results may no longer be bit-identical")
-    (entry,) = folder.read_description(settings.run_dir)["history"]
-    assert entry["device"]["cpu_cores"] == 99
-    assert entry["versions"]["numpy"] == "numpy 9"
+    (entry,) = folder.read_description(settings.run_dir).history
+    assert entry.device["cpu_cores"] == 99
+    assert entry.versions["numpy"] == "numpy 9"
     train_run(settings)  # no change since
     assert "warning" not in capsys.readouterr().err
-    assert len(folder.read_description(settings.run_dir)["history"]) == 1
+    assert len(folder.read_description(settings.run_dir).history) == 1
 
 
 # --- Damage -------------------------------------------------------------------------
@@ -337,13 +347,15 @@ def test_another_environment_is_recorded_and_reported(tmp_path, monkeypatch, cap
 @pytest.fixture
 def copy(finished_run, tmp_path):
     """A copy of the finished run that may be damaged."""
-    import shutil
-
     return Path(shutil.copytree(finished_run.folder, tmp_path / "run"))
 
 
 def edit(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
 
 
 DAMAGE = {
@@ -358,8 +370,13 @@ DAMAGE = {
     ],
     "summary.json": [
         (lambda p: p.write_text(""), "summary.json: damaged, not JSON"),
-        (lambda p: p.write_text("{}"), "summary.json: damaged: epochs"),
+        (
+            lambda p: p.write_text("{}"),
+            "damaged: digest: field required; epochs",
+        ),
         (lambda p: edit(p, steps="many"), "summary.json: damaged: steps"),
+        (lambda p: edit(p, **{"test/mse": 0.01}), "summary.json: damaged: it or m"),
+        (lambda p: cut(p.with_name("metrics.jsonl")), "metrics.jsonl is not what was"),
     ],
     "metrics.jsonl": [
         (
@@ -387,6 +404,21 @@ def test_a_damaged_file_is_told_in_one_line(name, damage, told, copy, finished_r
     assert told in str(caught.value)
     assert str(copy) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+def test_what_is_damaged_is_written_again(name, copy, finished_run):
+    whole = (copy / "metrics.jsonl").read_bytes()
+    scores = json.loads((copy / "summary.json").read_text())
+    (copy / name).write_text("")
+    (copy / "summary.json").unlink()
+    train_run(replace(finished_run.config, run_dir=copy))
+    assert (copy / "metrics.jsonl").read_bytes() == whole
+    again = folder.read_summary(copy)
+    changing = {"wall_s", "peak_memory_bytes", "digest"}
+    assert {k: v for k, v in again.items() if k not in changing} == {
+        k: v for k, v in scores.items() if k not in changing
+    }
 
 
 def test_a_diverged_run_saves_nothing_that_is_not_finite(tmp_path):

@@ -1,10 +1,10 @@
 """Figures show the arrays given, whole and apart; files are whole or absent."""
 
+import errno
 import itertools
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -367,9 +367,9 @@ def test_another_ending_is_refused_before_anything_is_written(tmp_path):
 
 
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch):
-    def fill_disk(figure, path, **options):
-        Path(path).write_bytes(b"half a file")
-        raise OSError("No space left on device")
+    def fill_disk(figure, file, **options):
+        file.write(b"half a file")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", fill_disk)
     path = tmp_path / "samples.png"

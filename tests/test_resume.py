@@ -184,9 +184,7 @@ def test_more_epochs_later_are_as_many_at_once(tmp_path, uninterrupted):
         for name in ("run", "at_once")
     )
     assert again == at_once != images
-    assert (
-        folder.read_description(tmp_path / "run")["config"]["train"]["num_epochs"] == 3
-    )
+    assert folder.read_description(tmp_path / "run").config["train"]["num_epochs"] == 3
 
 
 @pytest.mark.parametrize(
@@ -266,9 +264,9 @@ def test_a_run_starts_from_other_parameters(ending, finished_run, tmp_path):
     }
     run = train_run(small(tmp_path / "run", **fields))
     jax.tree.map(np.testing.assert_array_equal, run.params, finished_run.params)
-    digest = folder.read_description(run.folder)["init_from_digest"]
+    digest = folder.read_description(run.folder).init_from_digest
     train_run(small(tmp_path / "again", **fields))
-    assert folder.read_description(tmp_path / "again")["init_from_digest"] == digest
+    assert folder.read_description(tmp_path / "again").init_from_digest == digest
 
 
 def test_it_resumes_without_them(finished_run, tmp_path):
@@ -280,11 +278,11 @@ def test_it_resumes_without_them(finished_run, tmp_path):
     ]
     train_until(3, runs[0])
     train_run(runs[1])
-    digests = [folder.read_description(c.run_dir)["init_from_digest"] for c in runs]
+    digests = [folder.read_description(c.run_dir).init_from_digest for c in runs]
     shutil.rmtree(tmp_path / "source")
     train_run(runs[0])
     assert_same_end(runs[0].run_dir, runs[1].run_dir)
-    assert folder.read_description(runs[0].run_dir)["init_from_digest"] == digests[1]
+    assert folder.read_description(runs[0].run_dir).init_from_digest == digests[1]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from life import (
     train_with_stops,
 )
 
-from ae_jax import train
+from ae_jax import devices, train
 from ae_jax.config import CheckpointConfig, FiguresConfig, MeshConfig
 from ae_jax.data import Digits
 from ae_jax.errors import UserError
@@ -50,28 +50,20 @@ def test_each_is_an_ordinary_run(seeds):
         assert summary["test/mse"] == run.score_split(test)["mse"]
         for name in figures.applicable(run):
             assert run.figure(name).axes
-        device = folder.read_description(path)["device"]
-        assert device["seeds_together"] == [5, 6, 7]
     losses = [folder.read_summary(path)["train/mse"] for path in seeds]
     assert len(set(losses)) == 3
 
 
-def test_a_member_starts_as_the_single_run_and_stays_close(seeds, tmp_path):
-    started = {"learning_rate": 1e-30}
-    together, alone = group(tmp_path / "a", **started), group(tmp_path / "b", **started)
-    train_runs(together, together=3)
-    train_run(alone[1])
-    mine, other = (digests_of(c.run_dir) for c in (together[1], alone[1]))
-    params = {name for name in mine if name.startswith(("params", "key"))}
-    assert len(params) > 12
-    assert {n: mine[n] for n in params} == {n: other[n] for n in params}
-
-    (single,) = train_runs([small(tmp_path / "6", seed=6)])
-    member = open_run(seeds[1])
-    rows = zip(member.metrics, single.metrics, strict=True)
-    for ours, its in rows:
-        for name in ("train/mse", "train/grad_norm", "val/mse"):
-            np.testing.assert_allclose(ours[name], its[name], rtol=1e-4)
+def test_each_is_its_single_run_to_the_bit(seeds, tmp_path, capsys):
+    for path, config in zip(seeds, group(tmp_path), strict=True):
+        train_run(config)
+        assert_same_end(path, config.run_dir)
+        mine, other = map(folder.read_summary, (path, config.run_dir))
+        assert all(mine[name] == other[name] for name in mine if "test/" in name)
+    train_until(3, *group(tmp_path / "more"), together=3)
+    train_run(group(tmp_path / "more")[1])  # goes on alone
+    assert_same_end(seeds[1], tmp_path / "more" / "6")
+    assert "warning" not in capsys.readouterr().err
 
 
 def test_stopped_at_every_chunk_they_end_in_the_same_bits(seeds, tmp_path, monkeypatch):
@@ -148,24 +140,60 @@ def test_all_have_saved_before_any_prunes(member, seeds, tmp_path, monkeypatch):
         assert steps_of(tmp_path / path.name) == [6]
 
 
-def test_a_member_that_goes_on_alone_is_warned(tmp_path, capsys):
+# --- As on an accelerator, where they are one by vmap -------------------------------
+
+
+@pytest.fixture
+def batched(monkeypatch):
+    monkeypatch.setattr(devices, "take_turns", lambda mesh: False)
+
+
+def test_batched_they_start_as_the_single_run_and_stay_close(batched, seeds, tmp_path):
+    started = {"learning_rate": 1e-30}
+    together, alone = group(tmp_path / "a", **started), group(tmp_path / "b", **started)
+    train_runs(together, together=3)
+    train_run(alone[1])
+    mine, other = (digests_of(c.run_dir) for c in (together[1], alone[1]))
+    params = {name for name in mine if name.startswith(("params", "key"))}
+    assert len(params) > 12
+    assert {n: mine[n] for n in params} == {n: other[n] for n in params}
+    for run, path in zip(train_runs(group(tmp_path), together=3), seeds, strict=True):
+        for ours, its in zip(run.metrics, folder.read_metrics(path), strict=True):
+            for name in ("train/mse", "train/grad_norm", "val/mse"):
+                np.testing.assert_allclose(ours[name], its[name], rtol=1e-4)
+
+
+def test_batched_they_resume_to_the_bit(batched, tmp_path, monkeypatch):
+    train_runs(group(tmp_path / "a"), together=3)
+    monkeypatch.setattr(train, "CHUNK_S", 0.0)
+    train_with_stops(group(tmp_path / "b"), together=3)
+    for name in "567":
+        assert_same_end(tmp_path / "a" / name, tmp_path / "b" / name)
+
+
+def test_batched_another_group_is_warned_of(batched, tmp_path, capsys):
     configs = group(tmp_path)
-    train_until(3, *configs, together=3)
-    capsys.readouterr()
+    train_until(2, configs[1])
+    train_until(2, *configs, together=3)
+    assert "seeds_together [6] → [5, 6, 7]" in capsys.readouterr().err
     train_run(configs[1])
     (warning,) = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
     assert "seeds_together [5, 6, 7] → [6]" in warning
     assert "results may no longer be bit-identical" in warning
-    (entry,) = folder.read_description(configs[1].run_dir)["history"]
-    assert entry["device"]["seeds_together"] == [6]
+    *_, entry = folder.read_description(configs[1].run_dir).history
+    assert entry.device["seeds_together"] == [6]
     assert open_run(configs[1].run_dir).step == 6
 
 
-def test_a_single_run_in_a_group_is_warned(tmp_path, capsys):
-    configs = group(tmp_path)
-    train_until(3, configs[0])
-    train_until(2, *configs, together=3)
-    assert "seeds_together [5] → [5, 6, 7]" in capsys.readouterr().err
+def test_batched_two_groups_follow_each_other(batched, tmp_path):
+    runs = train_runs(group(tmp_path, 4), together=3)
+    groups = [
+        folder.read_description(run.folder).device["seeds_together"] for run in runs
+    ]
+    assert groups == [[5, 6, 7]] * 3 + [[8]]
+
+
+# --- What starts, and what cannot ---------------------------------------------------
 
 
 def test_without_a_common_step_they_start_from_the_parameters_asked_for(tmp_path):
@@ -180,14 +208,6 @@ def test_without_a_common_step_they_start_from_the_parameters_asked_for(tmp_path
     for run in runs:
         kernels = (r.params["encoder_0"]["kernel"] for r in (run, source))
         np.testing.assert_array_equal(*kernels)
-
-
-def test_two_groups_follow_each_other(tmp_path):
-    runs = train_runs(group(tmp_path, 4), together=3)
-    groups = [
-        folder.read_description(run.folder)["device"]["seeds_together"] for run in runs
-    ]
-    assert groups == [[5, 6, 7]] * 3 + [[8]]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -78,6 +79,26 @@ def test_another_experiments_study_is_refused(finished):
     other = Study(run_dir=finished[0], **SMALL, num_seeds=3, together=2)
     with pytest.raises(UserError, match=r"holds a study of experiments\.seeds"):
         study.run_study("collapse", other, seeds.cells, seeds.summarise)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("study.json", '{"format": 2}', "study.json: not a study of this version: e"),
+        ("study.json", '{"format": 1, "experiment": "a", "study": {}}', "not a study"),
+        ("study.json", '{"format": 2, "experiment": "seeds", "study": 5}', "study: in"),
+        ("study.json", "[]", "not a study of this version: input should be"),
+        ("summary.json", "null", "summary.json: damaged: input should be"),
+        ("summary.json", "{}", "summary.json: damaged: digest: field required"),
+        ("summary.json", '{"healthy": 1, "digest": "a"}', "not what was written"),
+    ],
+)
+def test_a_damaged_file_is_reported(finished, tmp_path, name, content, told):
+    folder = shutil.copytree(finished[0], tmp_path / "study")
+    (folder / name).write_text(content)
+    with pytest.raises(UserError, match=told) as caught:
+        run_seeds(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_that_is_no_study_is_left_alone(tmp_path):

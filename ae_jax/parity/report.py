@@ -1,39 +1,29 @@
 """The comparison with PyTorch as one page: from its files to its figures and HTML.
 
-Everything comes from the two dictionaries that a comparison leaves as config.json and
-parity.json; the page, ``report.html.j2``, holds its figures and loads nothing from
-elsewhere.
+Everything comes from what a comparison leaves as summary.json; the page,
+``report.html.j2``, holds its figures and loads nothing from elsewhere.
 """
 
 import base64
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 
-from ae_jax import plots
+from ae_jax import collapse, plots
+from ae_jax.runs.folder import Description
 from ae_jax.stats import ALPHA, share_interval
 
 Found = Mapping[str, Any]
-"""What a comparison found, as parity.json has it."""
+"""What a comparison found, as its summary.json has it."""
 
 SIDES = {"ours": "ours", "theirs": "PyTorch"}
 
 DRIFT = {
     "ours": "ours beside PyTorch",
     "threads": "PyTorch on two threads beside PyTorch on one",
-}
-
-CONTENDERS = {
-    "ours": "ours",
-    "item_by_item": "PyTorch, item by item as in the tutorial",
-    "data_loader": "PyTorch, a DataLoader over tensors",
-    "in_memory": "PyTorch, images in memory",
-    "fused": "PyTorch, in memory, fused Adam",
-    "compiled": "PyTorch, in memory, fused Adam, torch.compile",
 }
 
 CURVES = {
@@ -61,7 +51,8 @@ def draw(found: Found, folder: Path) -> None:
     for key, name in DRIFT.items():
         largest = np.maximum.accumulate(found["drift"][key]).tolist()
         drift[name] = (list(range(1, len(largest) + 1)), largest)
-    runs = {name: _by_outcome(found[side]) for side, name in SIDES.items()}
+    by_outcome = collapse.scores_by_outcome
+    runs = {name: by_outcome(found[side]) for side, name in SIDES.items()}
     of_loss = "Relative difference of the loss in float32, largest so far"
     drawn = {
         "lockstep": plots.divergence(
@@ -74,21 +65,14 @@ def draw(found: Found, folder: Path) -> None:
         plots.save(figure, folder / f"{name}.png")
 
 
-def _by_outcome(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
-    """The test MSE of runs, by what became of their latent units."""
-    outcomes: dict[str, list[float]] = {"healthy": [], "part-dead": [], "collapsed": []}
-    for row in rows:
-        dead = "part-dead" if row["latent/dead_units"] else "healthy"
-        name = "collapsed" if row["latent/collapsed"] else dead
-        outcomes[name].append(row["test/mse"])
-    return outcomes
-
-
-def page(description: Found, found: Found, folder: Path) -> str:
+def page(
+    description: Description, options: Mapping[str, Any], found: Found, folder: Path
+) -> str:
     """The page, self-contained.
 
     Args:
-        description: of the comparison, as config.json has it.
+        description: of one of PyTorch's runs.
+        options: the comparison's, as study.json has them.
         found: in it.
         folder: of the figures that :func:`draw` has drawn.
     """
@@ -102,14 +86,13 @@ def page(description: Found, found: Found, folder: Path) -> str:
     template = _environment().get_template("report.html.j2")
     return template.render(
         description=description,
-        config=description["config"],
+        config=options,
         found=found,
         pictures=pictures,
         sides=SIDES,
-        contenders=CONTENDERS,
         marks=marks,
         drift={name: [curve[:n].max() for n in marks] for name, curve in drift.items()},
-        mean_verdict=mean_verdict(found["runs"], description["config"]["margin"]),
+        mean_verdict=mean_verdict(found["runs"], options["margin"]),
         alpha=ALPHA,
     )
 
@@ -125,11 +108,7 @@ def _environment() -> jinja2.Environment:
     )
     filters: dict[str, Callable[..., Any]] = {
         "small": lambda value: f"{value:.1e}" if value else "0",
-        "spread": lambda of: (
-            f"{of['median']:.2f} ({of['low']:.2f} to {of['high']:.2f})"
-        ),
         "percent": lambda value: f"{value:.0%}",
-        "median": statistics.median,
         "share_interval": lambda counts: share_interval(*counts),
     }
     environment.filters.update(filters)

@@ -3,7 +3,8 @@
 A checkpoint is one atomic step of Orbax that holds ``state`` (arrays) and ``record``
 (JSON): the history of the run up to that step, and a sha256 of every leaf and of the
 history, checked after loading, because Orbax does not notice flipped bits in arrays.
-Which steps are kept is decided here: Orbax only saves and loads.
+Which steps are kept is decided here: Orbax only saves and loads. A step that PyTorch
+trained holds its state dict instead, and the same record.
 """
 
 import contextlib
@@ -19,21 +20,32 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from ae_jax import devices
+from ae_jax import devices, weights
 from ae_jax.errors import UserError
+from ae_jax.files import read_json, write_json
 
 T = TypeVar("T")
 History = dict[str, Any]
 
 UNFINISHED = ".orbax-checkpoint-tmp"
 """How the folder of a step ends until all of it is written."""
+
+STATE_DICT = "weights.safetensors"
+"""The file of a step that holds a state dict, not a training state."""
+
+
+class Weights(NamedTuple):
+    """What PyTorch's side saves: it is opened and scored as any, but not resumed."""
+
+    step: int
+    state_dict: weights.StateDict
 
 
 def digest_leaves(tree: Any) -> dict[str, str]:
@@ -53,6 +65,11 @@ def digest_leaves(tree: Any) -> dict[str, str]:
 def name_of(path: Any) -> str:
     """``params.encoder_0.kernel``, whether of a state or of a dictionary like it."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _as_dict(step: int, params: Any = None) -> dict[str, Any]:
+    """Parts of a state, with the names that they have in it."""
+    return {"step": np.int32(step), **({"params": params} if params else {})}
 
 
 def _digest_json(plain: Any) -> str:
@@ -96,7 +113,8 @@ def _errno(error: BaseException) -> int:
     """The system's error number in what Orbax or TensorStore raised; 0: none."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
-    return next((n for name, n in REFUSALS.items() if name in str(error)), 0)
+    known = {f"os_error_code='{number}'": number for number in errno.errorcode}
+    return next((n for k, n in (known | REFUSALS).items() if k in str(error)), 0)
 
 
 @contextlib.contextmanager
@@ -130,6 +148,16 @@ def _forget(error: BaseException | None) -> None:
         error.__traceback__, error = None, error.__cause__ or error.__context__
 
 
+def _is_step(name: str) -> bool:
+    """Whether a folder has a name that we give; of another it is not ours."""
+    return name.isascii() and name.isdecimal() and int(name) < 2**31
+
+
+def _remove_folder(path: Path) -> None:
+    with _disks_refusals(path):
+        shutil.rmtree(path)
+
+
 NO_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Refusals to read that say nothing about what the files hold."""
 
@@ -140,7 +168,7 @@ def damaged(place: Path, reason: str) -> UserError:
     reason = " ".join(reason.partition("[tensorstore_spec")[0].split())
     return UserError(
         f"{place}: damaged checkpoint: {reason[:200] or 'unreadable'}; delete this "
-        "folder, and the same command resumes from the one before"
+        "folder, and the same command resumes from the newest one left"
     )
 
 
@@ -174,8 +202,8 @@ class Checkpoints:
         if devices.is_first():
             self.folder.mkdir(parents=True, exist_ok=True)
             for path in self.folder.glob(f"*{UNFINISHED}"):
-                if path.name.removesuffix(UNFINISHED).isdigit():
-                    shutil.rmtree(path)
+                if _is_step(path.name.removesuffix(UNFINISHED)):
+                    _remove_folder(path)
         devices.wait_for_all("checkpoints")
 
     def __enter__(self) -> "Checkpoints":
@@ -219,7 +247,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The finished steps, ascending."""
         names = os.listdir(self.folder) if self.folder.is_dir() else []
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(int(name) for name in names if _is_step(name))
 
     def save(self, state: Any, history: History) -> None:
         """Save a state under its step, in the background; a step is saved once.
@@ -237,15 +265,24 @@ class Checkpoints:
         step = int(state.step)
         if step in self.steps:
             return
-        record = {
-            "history": history,
-            "digests": digest_leaves(state),
-            "history_digest": _digest_json(history),
-        }
+        record = {"history": history, "history_digest": _digest_json(history)}
+        if isinstance(state, Weights):
+            self._save_weights(state, record)
+            return
+        record["digests"] = digest_leaves(state)
         with _disks_refusals(self.folder), self._context:
             self._saving = ocp.save_checkpointables_async(
                 self.folder / str(step), {"state": state, "record": record}
             )
+
+    def _save_weights(self, state: Weights, record: dict[str, Any]) -> None:
+        params = weights.to_linen(state.state_dict)
+        record["digests"] = digest_leaves(_as_dict(state.step, params))
+        beside = self.folder / f"{state.step}{UNFINISHED}"
+        beside.mkdir()
+        weights.write_safetensors(beside / STATE_DICT, state.state_dict)
+        write_json(beside / "record.json", record)
+        os.replace(beside, self.folder / str(state.step))
 
     def load(self, abstract: T, step: int) -> tuple[T, History]:
         """The state and the history of a step, checked against their digests.
@@ -291,6 +328,15 @@ class Checkpoints:
         """
         self._remove(set(self.steps[: -self._keep]) - pinned)
 
+    def check_others(self, abstract: Any, step: int) -> None:
+        """Look into the steps beside one, before any of them is counted on.
+
+        Raises:
+            UserError: one is damaged.
+        """
+        for other in set(self.steps) - {step}:
+            self.load(abstract, other)
+
     def remove_after(self, step: int) -> None:
         """Remove the steps after one, as runs that train together return to it."""
         self._remove({later for later in self.steps if later > step})
@@ -301,7 +347,7 @@ class Checkpoints:
             # Under this name half of it, left by a kill, is cleared next time.
             doomed = self.folder / f"{step}{UNFINISHED}"
             os.replace(self.folder / str(step), doomed)
-            shutil.rmtree(doomed)
+            _remove_folder(doomed)
         devices.wait_for_all("after removal")  # none looks before they are gone
 
     def _load_record(self, step: int) -> dict[str, Any]:
@@ -310,13 +356,15 @@ class Checkpoints:
             raise self._damaged(step, "the history is missing")
         if record.get("history_digest") != _digest_json(record["history"]):
             raise self._damaged(step, "the history is not what was saved")
-        here = digest_leaves({"step": np.int32(step)})["step"]
+        here = digest_leaves(_as_dict(step))["step"]
         if record["digests"].get("step") != here:
             raise self._damaged(step, "it was saved as another step")
         return record
 
     def _load(self, step: int, name: str, abstract: Any) -> Any:
         """One part of a step, unchecked."""
+        if (self.folder / str(step) / STATE_DICT).exists():
+            return self._load_weights(step, name, abstract)
         from orbax.checkpoint import v1 as ocp
 
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
@@ -337,6 +385,26 @@ class Checkpoints:
         if number in NO_DAMAGE:
             raise OSError(number, os.strerror(number), str(self.folder / str(step)))
         raise self._damaged(step, reason)
+
+    def _load_weights(self, step: int, name: str, abstract: Any) -> Any:
+        place = self.folder / str(step)
+        if name == "state" and (
+            not isinstance(abstract, dict) or {*abstract} != {"params"}
+        ):
+            raise UserError(
+                f"{place}: holds PyTorch's weights alone, which cannot be resumed; "
+                "start another run from them with --train.init-from"
+            )
+        try:
+            if name == "record":
+                return read_json(place / "record.json")
+            params = weights.to_linen(weights.read_safetensors(place / STATE_DICT))
+        except (FileNotFoundError, UserError) as error:
+            raise self._damaged(step, str(error)) from error
+        wanted: Any = jax.tree.structure(abstract["params"])
+        if jax.tree.structure(params) != wanted:
+            raise self._damaged(step, "it holds another model's weights")
+        return {"params": params}
 
     def _damaged(self, step: int, reason: str) -> UserError:
         return damaged(self.folder / str(step), reason)

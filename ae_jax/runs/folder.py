@@ -1,34 +1,29 @@
-"""The files of a run folder beside its checkpoints, and what computed them."""
+"""The files of a run folder beside its checkpoints: written here, read here.
+
+config.json says what the run is, metrics.jsonl what each epoch came to, summary.json
+that it is finished, and with which scores; tensorboard/ holds the same numbers.
+"""
 
 import contextlib
-import datetime
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
-import resource
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import filelock
 import pydantic
-from typing_extensions import TypedDict
 
-from ae_jax import __version__
 from ae_jax.errors import UserError
-from ae_jax.files import read_json, write_text
+from ae_jax.files import read_json, write_json, write_text
 from ae_jax.options import explain
+from ae_jax.runs.environment import Environment
 
-FORMAT = 2
+FORMAT: Literal[2] = 2
 """Version of the run folder's layout; raised when an older reader would fail."""
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 EpochMetrics = dict[str, Any]
 """A line of metrics.jsonl. The first ``train/…`` in it is the objective's loss."""
@@ -67,156 +62,52 @@ def lock(run_dir: Path, known_by: str = "config.json") -> Iterator[None]:
         ) from error
 
 
-# --- What computed the numbers ------------------------------------------------------
+# --- config.json --------------------------------------------------------------------
 
 
-def versions() -> dict[str, str]:
-    """What computed the numbers: Python, this project, the packages under it."""
-    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "ae_jax": __version__, **packages}
-
-
-def usable_cores() -> int:
-    """Cores that this process may use; bits differ between one core and two."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpuinfo(field: str) -> str:
-    """What Linux knows of the first core; elsewhere the processor's bare name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(": ")[1] for line in lines if line.startswith(field))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def cpu_model() -> str:
-    """The processor's name, as the system gives it."""
-    return _cpuinfo("model name")
-
-
-def compilation_cache_dir() -> Path:
-    """The user's folder of compiled programs, for this jaxlib on this processor.
-
-    Machine code for another processor's flags may not run, or round otherwise.
-    """
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    flags = hashlib.sha256(_cpuinfo("flags").encode()).hexdigest()[:12]
-    jaxlib = importlib.metadata.version("jaxlib")
-    return Path(home) / "ae_jax" / f"xla-{jaxlib}-{flags}"
-
-
-def git_commit() -> str | None:
-    """The commit of this code, ``-dirty`` if it differs; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        answer = subprocess.run(
-            [*command, "--dirty", "--abbrev=40", "--match="],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        )
-        return answer.stdout.strip()
-    return None
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
-
-
-def environment(device: dict[str, Any]) -> dict[str, Any]:
-    """Versions, device and commit, as config.json has them.
-
-    Args:
-        device: ``kind`` and ``count`` of the accelerators.
-    """
-    return {
-        "versions": versions(),
-        "device": {**device, "cpu_model": cpu_model(), "cpu_cores": usable_cores()},
-        "git_commit": git_commit(),
-    }
-
-
-def record_environment_change(
-    description: dict[str, Any], now: dict[str, Any]
-) -> str | None:
-    """Record in a run's config.json that it is resumed in another environment.
-
-    Args:
-        description: the run's, to which an entry of ``history`` is added.
-        now: what :func:`environment` says today.
-
-    Returns:
-        One line that names the differences, or None if there are none.
-    """
-    last = description["history"][-1] if description["history"] else description
-    changes = [
-        f"{part}.{name} {last[part].get(name)} → {value}"
-        for part in ("versions", "device")
-        for name, value in now[part].items()
-        if last[part].get(name, value) != value  # an older version recorded less
-    ]
-    if not changes:
-        return None
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    description["history"].append({"date": today, **now})
-    return (
-        f"environment changed since the last run ({', '.join(changes)}): results may "
-        "no longer be bit-identical"
-    )
-
-
-# --- config.json, summary.json, metrics.jsonl ---------------------------------------
-
-
-class Environment(TypedDict):
-    """One entry of config.json's ``history``."""
-
-    versions: dict[str, str]
-    device: dict[str, Any]
-
-
-class Data(TypedDict):
-    """What config.json says of the data."""
+class Data(pydantic.BaseModel):
+    """The data of a run."""
 
     fingerprint: str
+    source: str
     num_train: int
     shape: tuple[int, int, int]
 
 
-class Description(Environment):
-    """What config.json must hold for its readers."""
+class Description(pydantic.BaseModel):
+    """config.json: what a run is, and what computed it."""
 
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    format: Literal[2] = FORMAT
     experiment: str
     config: dict[str, Any]
+    framework: Literal["jax", "pytorch"] = "jax"
+    """What trains it."""
+    versions: dict[str, str]
+    device: dict[str, Any]
+    git_commit: str | None
     data: Data
-    code: dict[str, str]
-    history: list[Environment]
+    code: dict[str, str] = {}
+    """By section, a digest of the code of a class that is not ours."""
+    init_from_digest: str | None = None
+    history: list[Environment] = []
+    """The environments of later sessions, where they differed from the one before."""
+
+    @property
+    def environment(self) -> Environment:
+        """Of the last session."""
+        if self.history:
+            return self.history[-1]
+        return Environment(**self.model_dump(include={"versions", "device"}))
 
 
-class Summary(TypedDict):
-    """What summary.json must hold for its readers."""
-
-    epochs: int
-    stopped: bool
-    steps: int
-    wall_s: float
-    first_step_s: float
+def write_description(run_dir: Path, description: Description) -> None:
+    """Write config.json."""
+    write_json(run_dir / "config.json", description.model_dump())
 
 
-def _validate(cls: Any, plain: Any, place: str, remedy: str) -> None:
-    try:
-        pydantic.TypeAdapter(cls).validate_json(json.dumps(plain), strict=True)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{place}: damaged: {explain(error)}; {remedy}") from None
-
-
-def read_description(run_dir: Path) -> dict[str, Any]:
+def read_description(run_dir: Path) -> Description:
     """A run folder's config.json.
 
     Raises:
@@ -226,48 +117,80 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f"{run_dir}: not a run folder (no config.json); check the path")
-    description = read_json(path)
-    if not isinstance(description, dict) or "config" not in description:
+    plain = read_json(path)
+    if not isinstance(plain, dict) or "config" not in plain:
         raise UserError(f"{path}: not a run's config.json; choose another folder")
-    if description.get("format") != FORMAT:
+    if plain.get("format") != FORMAT:
         raise UserError(
-            f"{path}: run folder of format {description.get('format')}, this version "
-            f"reads format {FORMAT}; use the ae_jax that wrote it"
+            f"{path}: run folder of format {plain.get('format')!r}, this version reads "
+            f"format {FORMAT}; use the ae_jax that wrote it"
         )
-    _validate(Description, description, str(path), "fix it")
-    return description
+    try:
+        return Description.model_validate_json(json.dumps(plain), strict=True)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: damaged: {explain(error)}; fix it") from None
 
 
-def read_known(run_dir: Path, experiment: str) -> dict[str, Any] | None:
-    """The config.json of a folder that an experiment may resume in; None: it is new.
+# --- summary.json, metrics.jsonl ----------------------------------------------------
+
+
+class Outcome(pydantic.BaseModel):
+    """summary.json, of a run or a study: what it came to, as extra fields."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    digest: str
+    """Of all else in it, and of metrics.jsonl if there is one."""
+
+
+class Summary(Outcome):
+    """A finished run's: its scores, which are extra fields, and these."""
+
+    epochs: int
+    stopped: bool
+    steps: int
+    wall_s: float
+    first_step_s: float
+
+
+def _digest(run_dir: Path, summary: dict[str, Any]) -> str:
+    scores = {name: value for name, value in summary.items() if name != "digest"}
+    path = run_dir / "metrics.jsonl"
+    rows = path.read_bytes() if path.exists() else b""
+    return hashlib.sha256(json.dumps(scores).encode() + rows).hexdigest()
+
+
+def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
+    """Write summary.json, with which a run or study is finished."""
+    digest = _digest(run_dir, summary)
+    write_json(run_dir / "summary.json", {**summary, "digest": digest})
+
+
+def read_summary(
+    run_dir: Path, model: type[Outcome] = Summary
+) -> dict[str, Any] | None:
+    """A summary.json; None if the run or study is not finished.
+
+    Args:
+        run_dir: its folder.
+        model: what it must hold.
 
     Raises:
-        UserError: it holds another experiment's run; see also
-            :func:`read_description`.
-    """
-    if not (run_dir / "config.json").exists():
-        return None
-    description = read_description(run_dir)
-    if description["experiment"] != experiment:
-        raise UserError(
-            f"{run_dir} holds a run of {description['experiment']}, not of "
-            f"{experiment}; choose another --run-dir"
-        )
-    return description
-
-
-def read_summary(run_dir: Path) -> dict[str, Any] | None:
-    """A finished run's summary.json; None if the run is not finished.
-
-    Raises:
-        UserError: the file is damaged.
+        UserError: it, or metrics.jsonl, is not what was written.
     """
     path = run_dir / "summary.json"
     if not path.exists():
         return None
-    remedy = "delete it, and give the run's command again"
+    remedy = "delete summary.json, and give the same command again"
     summary: dict[str, Any] = read_json(path, remedy)
-    _validate(Summary, summary, str(path), remedy)
+    try:
+        model.model_validate_json(json.dumps(summary), strict=True)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}: damaged: {explain(error)}; {remedy}") from None
+    if summary["digest"] != _digest(run_dir, summary):
+        raise UserError(
+            f"{path}: damaged: it or metrics.jsonl is not what was written; {remedy}"
+        )
     return summary
 
 
@@ -297,6 +220,8 @@ def read_metrics(run_dir: Path) -> list[EpochMetrics]:
             ):
                 raise ValueError("must hold numbers, an epoch and a train/… among them")
             rows.append(row)
+            if loss_name_of(row) != loss_name_of(rows[0]):
+                raise ValueError("another loss than in line 1")
         except ValueError as error:
             raise UserError(
                 f"{path}: line {number} is damaged ({error}); {WRITE_AGAIN}"
@@ -309,32 +234,38 @@ def loss_name_of(row: EpochMetrics) -> str:
     return next(name for name in row if name.startswith("train/"))[len("train/") :]
 
 
-class TensorBoardWriter:
-    """The run's TensorBoard log: written from the start, then added to."""
+# --- tensorboard/ -------------------------------------------------------------------
 
-    def __init__(self, run_dir: Path, rows: list[EpochMetrics]) -> None:
-        """Start the log over.
+
+class TensorBoardWriter:
+    """The run's TensorBoard log: each session adds a file of its own.
+
+    No file stays open: many runs may train together.
+    """
+
+    def __init__(self, run_dir: Path, step: int) -> None:
+        """Begin a session at a step; what was logged of later ones no longer counts.
 
         Raises:
             OSError: the disk refuses it; so do the other methods.
         """
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder = run_dir / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        name = f"events.out.tfevents.{time.time():010.0f}.{platform.node()}"
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads the files of a run in the order of their names.
+        name = f"events.out.tfevents.{time.time_ns():020}.{platform.node()}"
         self._path = folder / name
-        self._writer = RecordWriter(self._path.open("wb"))
-        self._add(Event(file_version="brain.Event:2", wall_time=time.time()))
-        for row in rows:
-            self.add_row(row)
+        start = SessionLog(status=SessionLog.START)
+        self._add(
+            Event(file_version="brain.Event:2", wall_time=time.time()),
+            Event(step=step + 1, session_log=start, wall_time=time.time()),
+        )
 
     def add_row(self, row: EpochMetrics) -> None:
         """Log an epoch's numbers against its step."""
         numbers = {k: v for k, v in row.items() if k not in ("epoch", "step")}
-        self._add_scalars(numbers, row["step"])
+        self._add(self._scalars(numbers, row["step"]))
 
     def add_scores(
         self, config: dict[str, Any], scores: dict[str, float], step: int
@@ -347,25 +278,25 @@ class TensorBoardWriter:
             key: value if isinstance(value, bool | int | float) else str(value)
             for key, value in config.items()
         }
-        self._add(Event(summary=hparams_pb(values), wall_time=time.time()))
-        self._add_scalars(scores, step)
+        params = Event(summary=hparams_pb(values), wall_time=time.time())
+        self._add(params, self._scalars(scores, step))
 
-    def _add_scalars(self, numbers: dict[str, float], step: int) -> None:
+    @staticmethod
+    def _scalars(numbers: dict[str, float], step: int) -> Any:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         values = [Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
         summary = Summary(value=values)
-        self._add(Event(step=step, summary=summary, wall_time=time.time()))
+        return Event(step=step, summary=summary, wall_time=time.time())
 
-    def _add(self, event: Any) -> None:
+    def _add(self, *events: Any) -> None:
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
         try:
-            self._writer.write(event.SerializeToString())
-            self._writer.flush()
+            with self._path.open("ab") as file:
+                writer = RecordWriter(file)
+                for event in events:
+                    writer.write(event.SerializeToString())
         except OSError as error:  # which knows no name
             raise OSError(error.errno, error.strerror, str(self._path)) from error
-
-    def close(self) -> None:
-        """Close the file, of which all is written."""
-        with contextlib.suppress(OSError):  # a full disk's, reported before
-            self._writer.close()

@@ -1,21 +1,23 @@
 """One run's folder while it trains: what it was, what is logged and saved, its end."""
 
+import datetime
 import functools
-import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from ae_jax import baselines, collapse, config, data, devices, files, registry
 from ae_jax.config import Config
 from ae_jax.errors import UserError
-from ae_jax.runs import folder, report
+from ae_jax.runs import environment, folder, report
 from ae_jax.runs import run as runs
-from ae_jax.runs.checkpoint import Checkpoints, History
+from ae_jax.runs.checkpoint import Checkpoints, History, Weights
 from ae_jax.runs.folder import EpochMetrics
 from ae_jax.runs.run import Run, open_like
 from ae_jax.train import TrainState
+
+Framework = Literal["jax", "pytorch"]
 
 
 def code_digests(settings: Config) -> dict[str, str]:
@@ -25,6 +27,10 @@ def code_digests(settings: Config) -> dict[str, str]:
         for name in config.REGISTRIES
     }
     return {name: digest for name, digest in digests.items() if digest}
+
+
+def _today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 class Member:
@@ -37,8 +43,15 @@ class Member:
         history: the rows of metrics.jsonl, and times.
     """
 
-    def __init__(self, settings: Config, started: float) -> None:
+    def __init__(
+        self, settings: Config, started: float = 0.0, framework: Framework = "jax"
+    ) -> None:
         """Look at what is there; nothing is written.
+
+        Args:
+            settings: the run's config.
+            started: the ``time.monotonic()`` from which its times count; 0: now.
+            framework: what trains it.
 
         Raises:
             UserError: the folder holds another run, or a damaged one.
@@ -48,19 +61,24 @@ class Member:
                 chosen.refuse()
         self.config, self.folder = settings, settings.run_dir
         self.history: History = {"rows": [], "epoch_s": 0.0, "wall_s": 0.0}
-        self._started = started
+        self._started, self._framework = started or time.monotonic(), framework
         self._writer: folder.TensorBoardWriter | None = None
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
-        self.known: dict[str, Any] | None = None
+        self.known: folder.Description | None = None
         if (self.folder / "config.json").exists():
             self.known = folder.read_description(self.folder)
             self._check_known(self.known)
 
-    def _check_known(self, known: dict[str, Any]) -> None:
+    def _check_known(self, known: folder.Description) -> None:
         path, settings = self.folder, self.config
-        config.check_same_run(runs.read_config(path, known, settings), settings)
+        if known.framework != self._framework:
+            raise UserError(
+                f"{path} holds a run of {known.experiment}, trained by "
+                f"{known.framework}; choose another --run-dir"
+            )
+        config.check_same_run(runs.read_config(path, known.config, settings), settings)
         code = code_digests(settings)
-        changed = [k for k in code if code[k] != known["code"].get(k)]
+        changed = [k for k in code if code[k] != known.code.get(k)]
         if changed:
             raise UserError(
                 f"{path} holds another run: the class of {', '.join(changed)} was "
@@ -78,8 +96,15 @@ class Member:
         summary = folder.read_summary(self.folder) if self.known else None
         if summary is None:
             return False
+        if summary["steps"] not in self.checkpoints.steps:
+            return False  # what it scored is gone, and is trained again
         enough: bool = summary["epochs"] >= self.config.train.num_epochs
         return enough or bool(summary["stopped"])
+
+    def report_finished(self) -> None:
+        """Say that there is nothing left to do."""
+        more = "A larger --train.num-epochs continues it."
+        print(f"{self.folder} is finished. {more if self._framework == 'jax' else ''}")
 
     @property
     def rows(self) -> list[EpochMetrics]:
@@ -94,11 +119,9 @@ class Member:
         experiment: str,
         dataset: data.Dataset,
         device: dict[str, Any],
-        start_digest: str | None,
-    ) -> None:
+        start_digest: str | None = None,
+    ) -> str | None:
         """Write config.json as the run starts, or bring it up to date on resume.
-
-        Another environment than the run had before is reported, and noted in it.
 
         Args:
             experiment: its name.
@@ -106,56 +129,68 @@ class Member:
             device: accelerators, and the group of runs that share a program.
             start_digest: of the parameters it starts from, if not its own draw.
 
+        Returns:
+            How the environment differs from that of the run's last session, which is
+            recorded; None: not at all.
+
         Raises:
             UserError: the run was trained on other data.
         """
-        now = folder.environment(device)
-        description = self.known or {
-            "format": folder.FORMAT,
-            "experiment": experiment,
-            "config": {},
-            **now,
-            "data": dataset.describe(),
-            "code": {},
-            "history": [],
-        }
-        if self.known:
+        packages = ("torch",) if self._framework == "pytorch" else ()
+        now, changed = environment.here(device, *packages), []
+        if self.known is None:
+            description = folder.Description(
+                experiment=experiment,
+                config={},
+                framework=self._framework,
+                **now.model_dump(exclude={"date"}),
+                data=folder.Data(**dataset.describe()),
+            )
+        else:
+            description = self.known
             runs.check_fingerprint(self.folder, dataset)
-            warning = folder.record_environment_change(self.known, now)
-            if warning and devices.is_first():
-                print(f"warning: {self.folder}: {warning}", file=sys.stderr)
-        description["config"] = config.to_json(self.config)
-        description["code"] = code_digests(self.config)
+            changed = environment.changes(description.environment, now)
+        if changed:
+            description.history.append(now.model_copy(update={"date": _today()}))
+        description.config = config.to_json(self.config)
+        description.code = code_digests(self.config)
         if start_digest:
-            description["init_from_digest"] = start_digest
-        self._saved_with = {key: description[key] for key in ("config", "data")}
+            description.init_from_digest = start_digest
+        saved = description.model_dump(include={"config", "data"}, mode="json")
+        self._saved_with = saved
         if devices.is_first():
             # If there is one, the run is resumed, and it is no longer its summary.
             (self.folder / "summary.json").unlink(missing_ok=True)
-            files.write_json(self.folder / "config.json", description)
+            folder.write_description(self.folder, description)
         keep = self.config.checkpoint.keep
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep)
+        return ", ".join(changed) or None
 
     def restore(self, abstract: TrainState, step: int) -> TrainState:
-        """The state of a step; later ones are removed."""
+        """The state of a step; later ones are removed, and earlier ones looked into."""
         self.checkpoints.remove_after(step)
+        self.checkpoints.check_others(abstract, step)
         state, self.history = self.checkpoints.load(abstract, step)
         return state
 
-    def begin(self, images: dict[str, Any], steps_per_epoch: int) -> None:
-        """Write what the figures show, and metrics.jsonl as the history has it.
+    def begin(self, steps_per_epoch: int) -> None:
+        """Start counting time, and have metrics.jsonl as the history has it.
 
         Args:
-            images: the figures' images, by name.
             steps_per_epoch: T.
         """
         self._steps_per_epoch = steps_per_epoch
         self._wall_before = self.history["wall_s"]
+        self._resumed_at = self.rows[-1]["step"] if self.rows else 0
+        if devices.is_first():
+            folder.write_metrics(self.folder, self.rows)
+
+    def show(self, images: dict[str, Any]) -> None:
+        """Write what the figures show, by name."""
         if devices.is_first():
             path = self.folder / "figures" / "images.npz"
             path.parent.mkdir(exist_ok=True)
             files.write_file(path, lambda file: np.savez_compressed(file, **images))
-            folder.write_metrics(self.folder, self.rows)
 
     # --- While it trains ---
 
@@ -171,12 +206,15 @@ class Member:
         if not devices.is_first():
             return
         folder.write_metrics(self.folder, self.rows)
-        if self._writer:
-            self._writer.add_row(row)
-        else:  # not before: it takes time to open, and the first step is waited for
-            self._writer = folder.TensorBoardWriter(self.folder, self.rows)
+        self._tensorboard().add_row(row)
 
-    def save(self, state: TrainState) -> None:
+    def _tensorboard(self) -> folder.TensorBoardWriter:
+        # Not at the start: its import takes time, and the first step is waited for.
+        if self._writer is None:
+            self._writer = folder.TensorBoardWriter(self.folder, self._resumed_at)
+        return self._writer
+
+    def save(self, state: TrainState | Weights) -> None:
         """Save a state, in the background."""
         history = {**self.history, **self._saved_with, "rows": list(self.rows)}
         history["wall_s"] = self._wall_s()
@@ -210,44 +248,40 @@ class Member:
 
     # --- After training ---
 
-    def finish(self, dataset: data.Dataset, shared: "Shared", shown: bool) -> None:
+    def finish(self, shared: "Shared", functions: dict[str, Any], shown: bool) -> None:
         """Draw the figures, score the newest checkpoint, write summary.json.
 
         summary.json is the last file: it is what makes the run finished.
 
         Args:
-            dataset: what it is trained on.
-            shared: what the runs of a group have in common.
+            shared: what it has in common with other runs.
+            functions: compiled methods that it shares with them.
             shown: whether the scores are printed.
         """
-        opened = open_like(self.config, shared.functions)
+        opened = open_like(self.config, functions)
         if self.config.figures.draw:
             from ae_jax.runs import figures  # not before: matplotlib takes a second
 
             for name in figures.applicable(opened):
                 figures.draw(opened, name)
-        summary = self._summarise(opened, dataset, shared)
-        if self._writer is None:  # resumed when only the end was missing
-            self._writer = folder.TensorBoardWriter(self.folder, opened.metrics)
+        summary = self._summarise(opened, shared)
         scores = {k: v for k, v in summary.items() if k.startswith("test/")}
         flat = config.flatten(config.to_json(self.config))
-        self._writer.add_scores(flat, scores, opened.step)
-        self.close()  # a kill from here on finds all else complete
-        files.write_json(self.folder / "summary.json", summary)
+        self._tensorboard().add_scores(flat, scores, opened.step)
+        folder.write_summary(self.folder, summary)  # a kill before finds all complete
         if shown:
             print(report.score_table(summary, self.config, self.diagnose()))
 
-    def _summarise(
-        self, opened: Run, dataset: data.Dataset, shared: "Shared"
-    ) -> dict[str, Any]:
+    def _summarise(self, opened: Run, shared: "Shared") -> dict[str, Any]:
         """The scores of a checkpoint on the whole test split, beside two baselines."""
-        test, last = dataset.test.images, opened.metrics[-1]
+        test = shared.dataset(self.config.data).test.images
+        last = opened.metrics[-1]
         loss = f"train/{folder.loss_name_of(last)}"
         summary: dict[str, Any] = {loss: last[loss]}
         summary |= {f"test/{k}": v for k, v in opened.score_split(test).items()}
         if opened.has("encode", "decode"):
             latent_dim = opened.encode(test[:1]).shape[-1]
-            summary |= shared.baselines(latent_dim)
+            summary |= shared.baselines(self.config.data, latent_dim)
             if runs.can_die(self.config):
                 dead = opened.count_dead_units(test)
                 summary["latent/dead_units"] = dead
@@ -260,35 +294,35 @@ class Member:
             "stopped": self.out_of_patience(),
             "wall_s": self._wall_s(),
             "first_step_s": self.history["first_step_s"],
-            "peak_memory_bytes": folder.peak_memory_bytes(),
+            "peak_memory_bytes": environment.peak_memory_bytes(),
             **devices.peak_memory(),
         }
 
-    def close(self) -> None:
-        """Write what TensorBoard still holds back."""
-        if self._writer:
-            self._writer.close()
-            self._writer = None
-
 
 class Shared:
-    """What runs that differ in their seed alone have in common, made once for all.
+    """What runs of the same data have in common: loaded and computed once."""
 
-    Attributes:
-        functions: compiled methods of their model.
-    """
+    def __init__(self) -> None:
+        self._options: Any = None
+        self._dataset: data.Dataset
+        self._baselines: dict[int, dict[str, float]] = {}
 
-    def __init__(self, dataset: data.Dataset) -> None:
-        self.functions: dict[str, Any] = {}
-        self._splits = dataset.train.images, dataset.test.images
-        self._scores: dict[int, dict[str, float]] = {}
+    def dataset(self, options: Any) -> data.Dataset:
+        """The data set of these options; the last one is kept."""
+        if options is not self._options:
+            with devices.process0_first("data"):
+                self._dataset = data.load(options)
+            self._options, self._baselines = options, {}
+        return self._dataset
 
-    def baselines(self, latent_dim: int) -> dict[str, float]:
+    def baselines(self, options: Any, latent_dim: int) -> dict[str, float]:
         """Test errors of the mean image, and of PCA where the images are not large."""
-        if latent_dim not in self._scores:
-            pca = baselines.pca_mse(*self._splits, latent_dim)
-            mean = baselines.mean_image_mse(*self._splits)
+        dataset = self.dataset(options)
+        if latent_dim not in self._baselines:
+            splits = dataset.train.images, dataset.test.images
+            mean = baselines.mean_image_mse(*splits)
             scores = {"baseline/mean_image/test/mse": mean}
+            pca = baselines.pca_mse(*splits, latent_dim)
             scores |= {} if pca is None else {"baseline/pca/test/mse": pca}
-            self._scores[latent_dim] = scores
-        return self._scores[latent_dim]
+            self._baselines[latent_dim] = scores
+        return self._baselines[latent_dim]

@@ -1,4 +1,4 @@
-"""What the options of a run determine before any image is seen."""
+"""What the options of a run determine before any image is seen, and its compilation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,12 +10,15 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
-from ae_jax.config import TrainConfig
+from ae_jax.config import Config, TrainConfig
 from ae_jax.keys import Purpose, key_for
 from ae_jax.models import init_params
 from ae_jax.models.layers import param_dtype
 from ae_jax.objectives import Objective, batched
+from ae_jax.runs import run as runs
+from ae_jax.runs.lanes import Lanes
 from ae_jax.train import (
+    Block,
     Params,
     TrainState,
     init_state,
@@ -97,3 +100,55 @@ def build(
     return Program(
         model, schedule, train_step, chunk, init, start_from, steps_per_epoch
     )
+
+
+class Compiled:
+    """The program of runs that differ in their seed alone, for so many lanes.
+
+    Nothing in it is compiled twice, however many groups of that size it trains.
+
+    Args:
+        config: of one of them.
+        num_train: N, images trained on.
+        shape: of an image, (H, W, C).
+        num_lanes: S.
+
+    Attributes:
+        program: its parts.
+        lanes: where they lie.
+        init: the program's, jitted; so is ``start_from``.
+        scores: see :func:`run.scores_of`; of all lanes.
+        active_units: see :func:`run.active_units_of`; of all lanes.
+        functions: compiled methods, shared by the runs when they are opened.
+
+    Raises:
+        UserError: as of :func:`build`; or there are not so many devices.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        num_train: int,
+        shape: tuple[int, int, int],
+        num_lanes: int,
+    ) -> None:
+        model, train = config.model, config.train
+        self.program = build(model, config.objective, train, num_train, shape)
+        self.lanes = Lanes(num_lanes, config.mesh.data, train.batch_size)
+        # The seed is an argument: what is compiled, and cached, for one serves all.
+        self.init = jax.jit(self.program.init)
+        self.start_from = jax.jit(self.program.start_from)
+        net = self.program.model
+        self.scores = self.lanes.jit(runs.scores_of(config.objective, net))
+        self.active_units = self.lanes.jit(runs.active_units_of(net))
+        self.functions: dict[str, Any] = {}
+        self._chunk: Callable[[TrainState, Block, int], TrainState] | None = None
+
+    def chunk(
+        self, state: TrainState, block: Block
+    ) -> Callable[[TrainState, Block, int], TrainState]:
+        """The train chunk, compiled ahead of time, so that no epoch's time holds it."""
+        if self._chunk is None:
+            jitted = self.lanes.jit_chunk(self.program.chunk)
+            self._chunk = jitted.lower(state, block, 0).compile()
+        return self._chunk

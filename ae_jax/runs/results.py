@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from ae_jax.errors import UserError
 from ae_jax.files import read_json, write_json
-from ae_jax.runs.folder import cpu_model, usable_cores, versions
+from ae_jax.runs.environment import cpu_model, usable_cores, versions
 
 
 def measure_gflops(size: int = 2048, rounds: int = 5) -> float:

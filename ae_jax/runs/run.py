@@ -21,7 +21,12 @@ from ae_jax.models import init_params
 from ae_jax.objectives import Objective, apply, batched
 from ae_jax.runs import checkpoint
 from ae_jax.runs.checkpoint import Checkpoints, History
-from ae_jax.runs.folder import EpochMetrics, loss_name_of, read_description
+from ae_jax.runs.folder import (
+    Description,
+    EpochMetrics,
+    loss_name_of,
+    read_description,
+)
 from ae_jax.train import Params, scale
 
 if TYPE_CHECKING:
@@ -279,18 +284,18 @@ def open_like(
 
 def _open(
     path: Path,
-    description: dict[str, Any],
+    description: Description,
     which: str | int,
     like: Config | None,
     functions: dict[str, Any],
 ) -> Run:
-    settings = read_config(path, description, like)
+    settings = read_config(path, description.config, like)
     with Checkpoints(path / "checkpoints") as checkpoints:
         step = _find_step(path, checkpoints, which)
         # First, for with another config the state would only seem damaged.
         history = checkpoints.load_history(step)
         check_description(path, description, history, like)
-        shape = tuple(description["data"]["shape"])
+        shape = description.data.shape
         precision = settings.train.precision
         with devices.numerics(precision):
             model = settings.model.make(shape, precision)
@@ -330,21 +335,19 @@ def _find_step(path: Path, checkpoints: Checkpoints, which: str | int) -> int:
     return step
 
 
-def read_config(
-    path: Path, description: dict[str, Any], like: Config | None = None
-) -> Config:
+def read_config(path: Path, plain: Any, like: Config | None = None) -> Config:
     """The config in a run's config.json; the folder may have moved since.
 
     ``like`` is a config whose own classes are taken where the names are the same.
     """
-    plain = {**description["config"], "run_dir": str(path)}
+    plain = {**plain, "run_dir": str(path)}
     where = str(path / "config.json")
     return config.from_json(Config, plain, where, unknown=True, like=like)
 
 
 def check_description(
     path: Path,
-    description: dict[str, Any],
+    description: Description,
     history: History,
     like: Config | None = None,
 ) -> None:
@@ -360,13 +363,15 @@ def check_description(
     Raises:
         UserError: they differ in a field that may not.
     """
-    now, saved = (read_config(path, part, like) for part in (description, history))
+    plains = description.config, history["config"]
+    now, saved = (read_config(path, plain, like) for plain in plains)
     changed = {
         f"config.{key}": values
         for key, values in config.differences_that_matter(saved, now).items()
     }
+    data_now = description.data.model_dump(mode="json")
     for key in ("fingerprint", "num_train", "shape"):
-        values = (history["data"][key], description["data"][key])
+        values = (history["data"][key], data_now[key])
         if values[0] != values[1]:
             changed[f"data.{key}"] = values
     if changed:
@@ -383,7 +388,7 @@ def check_fingerprint(run_dir: Path, dataset: data.Dataset) -> None:
     Raises:
         UserError: the fingerprints differ.
     """
-    was = read_description(run_dir)["data"]["fingerprint"]
+    was = read_description(run_dir).data.fingerprint
     if was != dataset.fingerprint:
         raise UserError(
             f"{run_dir}: the run was trained on other data (fingerprint {was[:12]}…, "

@@ -6,18 +6,23 @@ config of a run, and summarises them; the rest is done here.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import json
+import resource
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import pydantic
 from pydantic import PositiveInt
 
 from ae_jax import collapse, config, files
 from ae_jax.config import CheckpointConfig, Config, FiguresConfig
 from ae_jax.errors import UserError
-from ae_jax.options import options
-from ae_jax.runs import folder
+from ae_jax.options import explain, options
+from ae_jax.runs import environment, folder, results
+from ae_jax.runs.member import Shared
+from ae_jax.runs.results import Table
 from ae_jax.runs.trainer import train_in_folders
 
 
@@ -40,16 +45,30 @@ class Study(Config):
     )
 
 
+MAX_FILES = 10_000
+"""Open files that a study may have."""
+
+
+class StudyFile(pydantic.BaseModel):
+    """study.json: which study it is."""
+
+    format: Literal[2] = folder.FORMAT
+    experiment: str
+    study: dict[str, Any]
+
+
 class Cell(NamedTuple):
     """A setting of a study.
 
     Attributes:
         config: of its runs, but for their folder and seed.
         num_seeds: how many of them.
+        train: trains them: ``(configs, experiment, together, shared=…)``.
     """
 
     config: Config
     num_seeds: int
+    train: Callable[..., None] = train_in_folders
 
 
 Rows = list[dict[str, Any]]
@@ -79,25 +98,25 @@ def run_study(
         UserError: the folder is in use or holds another study; see also
             :func:`trainer.train_runs`.
     """
-    path = study.run_dir / "summary.json"
     with folder.lock(study.run_dir, "study.json"):
         saved = _check_known(name, study)
-        if path.exists() and saved == study:
+        found = folder.read_summary(study.run_dir, folder.Outcome)
+        if found and saved == study:
             print(f"{study.run_dir} is finished: see summary.json there")
-            return dict(files.read_json(path))
-        path.unlink(missing_ok=True)
-        plain = {"format": folder.FORMAT, "experiment": name}
-        plain["study"] = config.to_json(study)
-        files.write_json(study.run_dir / "study.json", plain)
+            return found
+        (study.run_dir / "summary.json").unlink(missing_ok=True)
+        about = StudyFile(experiment=name, study=config.to_json(study))
+        files.write_json(study.run_dir / "study.json", about.model_dump())
         rows: dict[str, Rows] = {}
+        shared = Shared()
         while new := {k: v for k, v in cells(study, rows).items() if k not in rows}:
             for cell_name, cell in new.items():
                 configs = member_configs(study, cell_name, cell)
-                train_in_folders(configs, name, study.together)
+                cell.train(configs, name, study.together, shared=shared)
                 rows[cell_name] = [_row_of(one) for one in configs]
         summary = summarise(study, rows)
-        files.write_json(path, summary)
-    return summary
+        folder.write_summary(study.run_dir, summary)
+    return folder.read_summary(study.run_dir, folder.Outcome) or summary
 
 
 def _check_known(name: str, study: S) -> S | None:
@@ -105,16 +124,19 @@ def _check_known(name: str, study: S) -> S | None:
     if not path.exists():
         return None
     plain = files.read_json(path)
-    if not isinstance(plain, dict) or plain.get("format") != folder.FORMAT:
+    try:
+        about = StudyFile.model_validate_json(json.dumps(plain), strict=True)
+    except pydantic.ValidationError as error:
         raise UserError(
-            f"{path}: not a study of this version; choose another --run-dir"
-        )
-    if plain["experiment"] != name:
+            f"{path}: not a study of this version: {explain(error)}; choose another "
+            "--run-dir"
+        ) from None
+    if about.experiment != name:
         raise UserError(
-            f"{study.run_dir} holds a study of experiments.{plain['experiment']}; "
-            "choose another --run-dir"
+            f"{study.run_dir} holds a study of experiments.{about.experiment}; choose "
+            "another --run-dir"
         )
-    values = {**plain["study"], "run_dir": str(study.run_dir)}
+    values = {**about.study, "run_dir": str(study.run_dir)}
     saved = config.from_json(type(study), values, str(path), unknown=True)
     config.check_same_run(saved, study)
     return saved
@@ -167,25 +189,50 @@ def curves_by_outcome(rows: Rows) -> dict[str, list[tuple[list[int], list[float]
     return curves
 
 
-def outcome_rows(summary: Mapping[str, Any]) -> list[list[str]]:
-    """The outcomes of :func:`collapse.summarise_runs` as rows of a table.
+def outcome_table(title: str, summaries: Mapping[str, Mapping[str, Any]]) -> Table:
+    """How the seeds of each setting ended, and what they scored.
 
-    Its columns are outcome, number, share with its 95 % interval, median test MSE.
+    Args:
+        title: of the table.
+        summaries: by setting, of :func:`collapse.summarise_runs`.
     """
-    rows = []
-    for name in collapse.OUTCOMES:
-        key = name.replace("-", "_")
-        share, low, high = (summary[f"share_{key}{e}"] for e in ("", "_low", "_high"))
-        mse = summary[f"test/mse/{key}"]
-        shown = f"{share:.0%} ({low:.0%} to {high:.0%})"
-        rows.append([name, str(summary[key]), shown, f"{mse:.4f}" if mse else "–"])
-    return rows
+
+    def cells(summary: Mapping[str, Any]) -> Iterator[str]:
+        yield str(summary["num_seeds"])
+        for outcome in collapse.OUTCOMES:
+            name = f"share_{outcome.replace('-', '_')}"
+            share, low, high = (summary[f"{name}{e}"] for e in ("", "_low", "_high"))
+            yield f"{share:.0%} ({low:.0%} to {high:.0%})"
+        score, low, high = (
+            summary[f"test/mse/median{e}"] for e in ("", "_low", "_high")
+        )
+        yield f"{score:.4f} ({low:.4f} to {high:.4f})"
+
+    return {
+        "title": title,
+        "columns": ["setting", "seeds", *collapse.OUTCOMES, "median test MSE"],
+        "rows": [[name, *cells(summary)] for name, summary in summaries.items()],
+        "caption": "In brackets: 95 % intervals.",
+    }
 
 
-def median_line(summary: Mapping[str, Any]) -> str:
-    """The median test MSE of all runs, with its 95 % interval."""
-    median, low, high = (summary[f"test/mse/median{e}"] for e in ("", "_low", "_high"))
-    return f"median test MSE of all {median:.4f} (95 %: {low:.4f} to {high:.4f})"
+def is_reference(study: Study, presets: Mapping[str, Study]) -> bool:
+    """Whether a study is the one whose result is kept in the repository."""
+    return not config.differences_that_matter(presets["reference"], study)
+
+
+def keep_result(
+    name: str, study: Study, headline: Mapping[str, int | float], table: Table
+) -> None:
+    """Keep an outcome as experiments/results/NAME.json; see :func:`write_result`."""
+    first = study.train.seed
+    results.write_result(
+        Path("experiments") / "results" / f"{name}.json",
+        experiment=name,
+        seeds=list(range(first, first + study.num_seeds)),
+        headline=headline,
+        table=table,
+    )
 
 
 def use_all_cores() -> None:
@@ -193,6 +240,10 @@ def use_all_cores() -> None:
 
     One seed alone cannot keep two cores busy, two seeds on one core each do. For
     commands: it must come before anything asks for JAX's devices. Where there is an
-    accelerator, it changes nothing.
+    accelerator, it changes nothing. The lock of each run is an open file, of which a
+    process has most often 1,024 unless it asks for more.
     """
-    jax.config.update("jax_num_cpu_devices", folder.usable_cores())
+    jax.config.update("jax_num_cpu_devices", environment.usable_cores())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < MAX_FILES and (hard < 0 or hard >= MAX_FILES):  # -1: no limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_FILES, hard))

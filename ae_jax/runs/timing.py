@@ -5,17 +5,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
 from ae_jax import data
 from ae_jax.config import Config
-from ae_jax.data.feed import InMemory, Stream
-from ae_jax.devices import numerics, replicated
-from ae_jax.keys import Purpose, key_for
-from ae_jax.runs import program
-from ae_jax.runs.lanes import Lanes
-from ae_jax.train import Block, Plan, fit
+from ae_jax.devices import numerics
+from ae_jax.runs.lanes import Feeds
+from ae_jax.runs.program import Compiled
+from ae_jax.train import Plan, fit
 
 Runner = Callable[[int], object]
 """Trains so many more steps, and returns when they are done."""
@@ -36,36 +33,20 @@ def make_runner(config: Config, images: Any, num_seeds: int = 1) -> Runner:
         images: training images [N, H, W, C]; an ``ImageFile`` is streamed.
         num_seeds: how many seeds train side by side, of images in memory.
     """
-    train, shape = config.train, tuple(images.shape[1:])
-    size, precision = train.batch_size, train.precision
-    lanes, block = Lanes(num_seeds, config.mesh.data, size), Block((), (), 0, 0)
-    where = replicated(lanes.mesh)
-    keys = [key_for(seed, Purpose.SHUFFLE) for seed in range(num_seeds)]
-
-    def block_at(step: int) -> Block:
-        nonlocal block
-        if not block.first_step <= step < block.end_step:
-            block = lanes.join_blocks([feed.block_at(step) for feed in feeds])
-        return block
-
+    precision, size = config.train.precision, config.train.batch_size
     with numerics(precision):
-        parts = program.build(config.model, config.objective, train, len(images), shape)
-        init = jax.jit(parts.init)
-        state = lanes.join([init(np.uint32(seed)) for seed in range(num_seeds)])
-        feeds: list[Any]
-        if isinstance(images, data.ImageFile):
-            end = 1000 * parts.steps_per_epoch  # later than anyone measures
-            feeds = [Stream(images, keys[0], size, where, end)]
-        else:
-            feed = InMemory(images, keys[0], size, where)
-            feeds = [feed.with_key(key) for key in keys]
-        chunk = lanes.jit_chunk(parts.chunk).lower(state, block_at(0), 0).compile()
+        compiled = Compiled(config, len(images), images.shape[1:], num_seeds)
+        states = [compiled.init(np.uint32(seed)) for seed in range(num_seeds)]
+        state = compiled.lanes.join(states)
+        end = 1000 * compiled.program.steps_per_epoch  # later than anyone measures
+        feeds = Feeds(images, range(num_seeds), size, compiled.lanes, end)
+        chunk = compiled.chunk(state, feeds.block_at(0))
 
     def run(num_steps: int) -> None:
         nonlocal state
         with numerics(precision):
             plan = Plan(int(state.step) + num_steps)
-            state = fit(state, chunk, block_at, plan, lambda *_: True)
+            state = fit(state, chunk, feeds.block_at, plan, lambda *_: True)
 
     return run
 

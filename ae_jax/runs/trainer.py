@@ -22,16 +22,16 @@ import numpy as np
 
 from ae_jax import config, data, devices
 from ae_jax.config import Config
-from ae_jax.data.feed import InMemory, Stream
 from ae_jax.errors import Diverged, UserError
 from ae_jax.keys import Purpose, key_for
-from ae_jax.runs import checkpoint, folder, program, report
+from ae_jax.runs import checkpoint, folder, report
 from ae_jax.runs import run as runs
-from ae_jax.runs.lanes import Lanes
+from ae_jax.runs.lanes import Feeds
 from ae_jax.runs.member import Member, Shared
+from ae_jax.runs.program import Compiled
 from ae_jax.runs.run import Run, open_like
 from ae_jax.runs.weights import load_weights
-from ae_jax.train import Block, Plan, TrainState, fit
+from ae_jax.train import Plan, TrainState, fit
 
 
 def train_run(settings: Config, experiment: str = "run", started: float = 0.0) -> Run:
@@ -54,8 +54,9 @@ def train_runs(
     Args:
         configs: of the runs, which differ in ``run_dir`` and ``train.seed`` alone.
         experiment: name, as in ``python -m experiments.NAME``.
-        together: how many share a program. They are grouped by their order, and the
-            size of a group is part of the bits, so a finished run keeps its lane.
+        together: how many share a program. They are grouped by their order, and on an
+            accelerator the size of a group is part of the bits: a finished run keeps
+            its lane.
         started: the ``time.monotonic()`` from which their times count; 0: now.
         on_chunk: called with the step at each pause of a second or two, after what is
             due there has been logged and saved. What it raises ends the training.
@@ -77,17 +78,21 @@ def train_in_folders(
     together: int,
     started: float = 0.0,
     on_chunk: Callable[[int], object] | None = None,
+    shared: Shared | None = None,
 ) -> None:
-    """What :func:`train_runs` does, without opening the runs in the end."""
-    first, started = configs[0], started or time.monotonic()
+    """What :func:`train_runs` does, without opening the runs in the end.
+
+    ``shared`` is what they have in common with the runs of other calls.
+    """
+    first, started, shared = configs[0], started or time.monotonic(), shared or Shared()
     _check_alike(configs, min(together, len(configs)))
     devices.join(first)
     with devices.numerics(first.train.precision):
         devices.check_all_agree(_shared_options(first), "options")
-        load = functools.cache(functools.partial(_load, first))
+        compiled: dict[int, Compiled] = {}
         for start in range(0, len(configs), together):
             group = configs[start : start + together]
-            _train_group(group, experiment, load, started, on_chunk)
+            _train_group(group, experiment, shared, compiled, started, on_chunk)
             started = time.monotonic()
 
 
@@ -97,12 +102,6 @@ def _shared_options(settings: Config) -> dict[str, Any]:
     rules = config.resume_rules(settings.data, "data.")
     own = {"process_id", *(name for name, rule in rules.items() if rule == "free")}
     return {name: value for name, value in flat.items() if name not in own}
-
-
-def _load(settings: Config) -> tuple[data.Dataset, Shared]:
-    with devices.process0_first("data"):
-        dataset = data.load(settings.data)
-    return dataset, Shared(dataset)
 
 
 def _check_alike(configs: Sequence[Config], together: int) -> None:
@@ -132,11 +131,12 @@ def _check_alike(configs: Sequence[Config], together: int) -> None:
 def _train_group(
     configs: Sequence[Config],
     experiment: str,
-    load: Callable[[], tuple[data.Dataset, Shared]],
+    shared: Shared,
+    compiled: dict[int, Compiled],
     started: float,
     on_chunk: Callable[[int], object] | None,
 ) -> None:
-    """Train runs in one program, each in a folder that is held."""
+    """Train runs in one program, of those ``compiled`` by size, in folders held."""
     with contextlib.ExitStack() as stack:
         held = [c for c in configs if devices.is_first() and c.run_dir.exists()]
         for one in held:
@@ -144,26 +144,50 @@ def _train_group(
         members = [Member(one, started) for one in configs]
         pending = [member for member in members if not member.finished]
         if not pending:
-            _report_finished(members)
+            if len(members) == 1 and devices.is_first():
+                members[0].report_finished()
             return
-        dataset, shared = load()
-        group = Group(members, dataset, on_chunk)
+        first, size = configs[0], len(configs)
+        dataset = shared.dataset(first.data)
+        if size not in compiled:
+            compiled[size] = _compile(first, dataset, size)
+        group = Group(members, dataset, compiled[size], on_chunk)
         for one in configs if devices.is_first() else ():
             if one not in held:
                 stack.enter_context(_lock_new(one.run_dir))
-        for member in pending:
-            stack.enter_context(contextlib.closing(member))
-            member.describe(experiment, dataset, group.device(), group.start_digest)
+        _describe(pending, experiment, dataset, group)
         group.train()
         for member in pending if devices.is_first() else ():
-            member.finish(dataset, shared, shown=len(members) == 1)
+            member.finish(shared, compiled[size].functions, shown=size == 1)
 
 
-def _report_finished(members: Sequence[Member]) -> None:
-    if len(members) == 1 and devices.is_first():
+def _compile(settings: Config, dataset: data.Dataset, size: int) -> Compiled:
+    num_train, processes = len(dataset.train.images), jax.process_count()
+    if num_train < processes:
+        raise UserError(
+            f"data: {num_train} training images are too few for {processes} "
+            "processes; start fewer"
+        )
+    return Compiled(settings, num_train, dataset.shape, size)
+
+
+def _describe(
+    members: Sequence[Member], experiment: str, dataset: data.Dataset, group: "Group"
+) -> None:
+    """Write each config.json; say once how the environment has changed."""
+    device, digest = group.device(), group.start_digest
+    changed = {
+        member.folder: change
+        for member in members
+        if (change := member.describe(experiment, dataset, device, digest))
+    }
+    if changed and devices.is_first():
+        place, change = next(iter(changed.items()))
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
         print(
-            f"{members[0].folder} is finished. A larger --train.num-epochs continues "
-            "it."
+            f"warning: {place}{more}: environment changed since the last run "
+            f"({change}): results may no longer be bit-identical",
+            file=sys.stderr,
         )
 
 
@@ -208,39 +232,29 @@ class Group:
     Args:
         members: of the group; at least one is not finished.
         dataset: of all.
+        compiled: their program.
         on_chunk: see :func:`train_runs`.
 
     Raises:
-        UserError: the model cannot take the images, the objective is not one, or there
-            are not so many devices.
+        UserError: the parameters to start from are missing, or another model's.
     """
 
     def __init__(
         self,
         members: Sequence[Member],
         dataset: data.Dataset,
+        compiled: Compiled,
         on_chunk: Callable[[int], object] | None = None,
     ) -> None:
-        settings, self._on_chunk = members[0].config, on_chunk
-        self._members, self._dataset, self._config = members, dataset, settings
+        self._members, self._dataset, self._on_chunk = members, dataset, on_chunk
+        self._config, self._compiled = members[0].config, compiled
         self._pending = [i for i, m in enumerate(members) if not m.finished]
-        train, self._num_train = settings.train, len(dataset.train.images)
-        if self._num_train < jax.process_count():
-            raise UserError(
-                f"data: {self._num_train} training images are too few for "
-                f"{jax.process_count()} processes; start fewer"
-            )
-        self._program = program.build(
-            settings.model, settings.objective, train, self._num_train, dataset.shape
-        )
-        self._lanes = Lanes(len(members), settings.mesh.data, train.batch_size)
-        self._loss = settings.objective.loss_name
-        self._last_step = train.num_epochs * self._program.steps_per_epoch
-        model = self._program.model
+        self._program, self._lanes = compiled.program, compiled.lanes
+        self._num_train = len(dataset.train.images)
+        self._loss = self._config.objective.loss_name
+        num_epochs = self._config.train.num_epochs
+        self._last_step = num_epochs * self._program.steps_per_epoch
         self._start = self._load_start()
-        self._scores = self._lanes.jit(runs.scores_of(settings.objective, model))
-        if runs.can_die(settings):
-            self._active = self._lanes.jit(runs.active_units_of(model))
 
     def _load_start(self) -> Any:
         """The parameters to start from, and their digest, if some are asked for."""
@@ -256,15 +270,21 @@ class Group:
         return max(set.intersection(*steps), default=0)
 
     def device(self) -> dict[str, Any]:
-        """What config.json says of the devices, and of the group."""
-        found = jax.devices()
-        return {
-            "kind": found[0].device_kind,
-            "count": len(found),
+        """What config.json says of the devices, as far as a run's bits depend on them.
+
+        Where seeds take turns each computes what a run alone does; else their products
+        are batched, and the size of the group is part of the bits.
+        """
+        alone, mesh = len(self._members) == 1, self._lanes.mesh
+        device: dict[str, Any] = {
+            "kind": jax.devices()[0].device_kind,
+            "count": mesh.size if alone else 1,
             "processes": jax.process_count(),
-            "mesh": self._lanes.mesh.size,
-            "seeds_together": [member.config.train.seed for member in self._members],
         }
+        if not devices.take_turns(mesh):
+            seeds = [member.config.train.seed for member in self._members]
+            device["seeds_together"] = seeds
+        return device
 
     @property
     def start_digest(self) -> str | None:
@@ -279,10 +299,12 @@ class Group:
         Raises:
             KeyboardInterrupt, SystemExit: a signal came; the state is saved.
             Diverged: the loss or the gradient is not finite.
-            UserError: the newest checkpoint is damaged.
+            UserError: a checkpoint is damaged.
         """
         settings, pending = self._config, [self._members[i] for i in self._pending]
-        self._feeds, self._block = self._make_feeds(), Block((), (), 0, 0)
+        seeds = [member.config.train.seed for member in self._members]
+        images, size = self._dataset.train.images, settings.train.batch_size
+        feeds = Feeds(images, seeds, size, self._lanes, self._last_step)
         with contextlib.ExitStack() as stack:
             for member in pending:
                 stack.enter_context(member.checkpoints)
@@ -290,37 +312,23 @@ class Group:
             step = int(state.step)
             for i in self._pending:
                 member = self._members[i]
-                images = self._images_shown(member, self._feeds[i])
-                member.begin(images, self._program.steps_per_epoch)
+                member.begin(self._program.steps_per_epoch)
+                member.show(self._images_shown(member, feeds[i]))
             until = step if pending[0].out_of_patience() else self._last_step
-            chunk = self._compile(state) if step < until else self._program.chunk
+            chunk = self._program.chunk  # not compiled if there is nothing to do
+            if step < until:
+                chunk = self._compiled.chunk(state, feeds.block_at(step))
             plan = Plan(until, settings.checkpoint.every_steps, devices.clock)
             self._progress = self._start_progress(step)
             stack.enter_context(contextlib.closing(self._progress))
             self._signals = stack.enter_context(signals_noted())
-            state = fit(state, chunk, self._block_at, plan, self._after_chunk)
+            state = fit(state, chunk, feeds.block_at, plan, self._after_chunk)
             for member in pending:
                 member.checkpoints.wait()
                 member.prune()
             signum = self._agreed_signal()
         if signum:
             self._leave(int(state.step), signum)
-
-    def _make_feeds(self) -> list[Any]:
-        """A feed for each lane; in memory they share the images."""
-        train, images = self._config.train, self._dataset.train.images
-        keys = [key_for(m.config.train.seed, Purpose.SHUFFLE) for m in self._members]
-        where, size = devices.replicated(self._lanes.mesh), train.batch_size
-        if isinstance(images, data.ImageFile):
-            return [Stream(images, keys[0], size, where, self._last_step)]
-        first = InMemory(images, keys[0], size, where)
-        return [first, *(first.with_key(key) for key in keys[1:])]
-
-    def _block_at(self, step: int) -> Block:
-        if not self._block.first_step <= step < self._block.end_step:
-            blocks = [feed.block_at(step) for feed in self._feeds]
-            self._block = self._lanes.join_blocks(blocks)
-        return self._block
 
     def _images_shown(self, member: Member, feed: Any) -> dict[str, Any]:
         """Choose the images that the figures show; known before the first step."""
@@ -335,11 +343,6 @@ class Group:
             "train": train[last_rows[:5]],
             "test": test[(len(test) - 1) // size * size :][:10],
         }
-
-    def _compile(self, state: TrainState) -> Any:
-        """The train chunk, ahead of time, so that no epoch's time holds it."""
-        chunk = self._lanes.jit_chunk(self._program.chunk)
-        return chunk.lower(state, self._block_at(int(state.step)), 0).compile()
 
     def _start_progress(self, step: int) -> report.Progress:
         num_epochs, self._logged_step = self._config.train.num_epochs, step
@@ -360,15 +363,13 @@ class Group:
         sys.exit(128 + signum)
 
     def _init_of(self, member: Member) -> TrainState:
-        # The seed is an argument: what is compiled, and cached, for one serves all.
         seed = np.uint32(member.config.train.seed)
         if self._start:
-            return jax.jit(self._program.start_from)(self._start[0], seed)
-        return self._init(seed)
+            return self._compiled.start_from(self._start[0], seed)
+        return self._compiled.init(seed)
 
     def _restore_or_init(self) -> TrainState:
         """The states of the newest common checkpoint, or the first ones."""
-        self._init = jax.jit(self._program.init)
         pending = [self._members[i] for i in self._pending]
         step = self._common_step()
         if not step:
@@ -428,9 +429,10 @@ class Group:
     def _save(self, state: TrainState) -> None:
         """All save before any of them removes an older step: there is a common one."""
         pending = [self._members[i] for i in self._pending]
-        for i, member in zip(self._pending, pending, strict=True):
-            member.save(self._lanes.state_of(state, i))
-        if len(pending) > 1:
+        states = self._lanes.split(state, self._pending)
+        for member, one in zip(pending, states, strict=True):
+            member.save(one)
+        if len(self._members) > 1:  # they also share one copy of the state
             for member in pending:
                 member.checkpoints.wait()
         for member in pending:
@@ -520,7 +522,7 @@ class Group:
         if not runs.can_die(self._config):
             return None
         images, params = self._dataset.train.images, self._lanes.local(state.params)
-        blocks = runs.each_block(self._active, params, images)
+        blocks = runs.each_block(self._compiled.active_units, params, images)
         active = functools.reduce(np.logical_or, (block for _, block in blocks))
         dead: np.ndarray = (~self._lanes.per_lane(active)).sum(axis=-1)
         return dead
@@ -531,7 +533,8 @@ class Group:
         if not len(images):
             return {}
         params = self._lanes.local(state.params)
-        blocks = [s for _, s in runs.each_block(self._scores, params, images)]
+        scores = self._compiled.scores
+        blocks = [block for _, block in runs.each_block(scores, params, images)]
         means = {
             name: np.concatenate(
                 [self._lanes.per_lane(block[name]) for block in blocks], axis=-1
