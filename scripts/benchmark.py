@@ -54,7 +54,7 @@ class Sizes:
     widths: tuple[int, ...] = (1, 2, 4, 8, 16)
     seeds: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     devices: tuple[int, ...] = (1, 2, 4)
-    streams: tuple[int, ...] = (10_000, 1_000_000)
+    streams: tuple[int, ...] = (60_000, 6_000_000)
     turn_s: float = 0.5
 
 
