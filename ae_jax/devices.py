@@ -79,7 +79,7 @@ def join(config: Any) -> None:
         config: has distributed, coordinator, num_processes and process_id.
 
     Raises:
-        UserError: it cannot be told who the others are.
+        UserError: no cluster was found to join.
     """
     if not config.distributed or jax.distributed.is_initialized():
         return

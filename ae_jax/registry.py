@@ -92,7 +92,7 @@ def digest_code(value: Any) -> str | None:
 
     It covers the code, constants and defaults of its methods, and the functions,
     classes and plain values of its own module that they name: a class that is defined
-    anew in a notebook has the same digest just if it does the same.
+    again in a notebook has the same digest just if it does the same.
     """
     cls = type(value)
     if cls.__module__.partition(".")[0] == "ae_jax":

@@ -149,7 +149,7 @@ def compare_runs(
         ``difference``, ``low`` and ``high``; ``ks_p`` (Kolmogorov–Smirnov) of the
         healthy runs; ``collapsed_p`` and ``part_dead_p`` (Fisher's exact test) of the
         counts; ``runs_needed``, healthy ones a side, for the margin. What fewer than
-        two healthy runs cannot tell is None, or a p of 1.
+        two healthy runs cannot show is None, or a p of 1.
     """
     from scipy import stats
 

@@ -107,7 +107,7 @@ def infer_sizes(
 ) -> Sizes:
     """The sizes of the dense autoencoder that a state dict belongs to.
 
-    The encoder's tensors tell them, in order; the rest must fit.
+    They are those of the encoder's tensors, in order; the rest must fit.
 
     Args:
         state_dict: PyTorch's, not yet known to be whole, or to be of an autoencoder.

@@ -298,10 +298,7 @@ def train_runs(
 
 
 def follow_tutorial(
-    member: "Member",
-    experiment: str,
-    shared: "Shared",
-    make_batches: Batches,
+    member: "Member", experiment: str, shared: "Shared", make_batches: Batches
 ) -> None:
     """The tutorial's course: look at the images, train, reconstruct, plot and score.
 
@@ -311,54 +308,20 @@ def follow_tutorial(
         shared: what it has in common with other runs.
         make_batches: how it is fed.
     """
-    from ae_jax.runs.checkpoint import Weights
-
-    alone = experiment == NAME  # of a study's many runs a line each is enough
     config, cuda = member.config, torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
     dataset, seed = shared.dataset(config.data), config.train.seed
     train, test = dataset.train.images, dataset.test.images
+    size = config.train.batch_size
     kind = torch.cuda.get_device_name() if cuda else "cpu"
     member.describe(experiment, dataset, {"kind": kind, "count": 1})
     member.checkpoints.remove_after(0)  # what was interrupted starts again
-    size = config.train.batch_size
-    num_steps = -(-len(train) // size)
-    member.begin(num_steps)
+    member.begin(-(-len(train) // size))
 
     torch.manual_seed(seed)
     sizes = math.prod(dataset.shape), config.model.hidden, config.model.latent_dim
-    model = Autoencoder(*sizes).to(device)
-    rate = config.train.learning_rate
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    loader = make_batches(train, size, seed)
-    for epoch in range(1, config.train.num_epochs + 1):
-        start = time.perf_counter()
-        bar = tqdm(loader, f"epoch {epoch}", num_steps, leave=False, disable=None)
-        loss, batch = train_epoch(model, optimizer, (b.to(device) for b in bar))
-        seconds = time.perf_counter() - start
-        member.note_seconds(seconds)
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"{config.run_dir}: diverged in epoch {epoch}: train/mse {loss:g}; try "
-                "a smaller --train.learning-rate, in another --run-dir"
-            )
-        dead = int(collapse.dead_units(apply(model.encoder, train)).sum())
-        member.log_epoch(
-            {
-                "epoch": epoch,
-                "step": epoch * num_steps,
-                "train/mse": loss,
-                "train/learning_rate": rate,
-                "latent/dead_units": dead,
-                "wall_s": seconds,
-                "images_per_s": len(train) / seconds,
-            }
-        )
-        if alone:
-            print(f"epoch {epoch}  train/mse {loss:.5f}  {seconds:.1f} s", flush=True)
-        state_dict = to_numpy(model.state_dict().items())
-        member.save(Weights(epoch * num_steps, state_dict))
-        member.prune()
+    model = Autoencoder(*sizes).to("cuda" if cuda else "cpu")
+    alone = experiment == NAME  # of a study's many runs a line each is enough
+    batch = fit(member, model, train, make_batches(train, size, seed), shown=alone)
 
     # The tutorial shows other digits in each row, those of that epoch's last batch,
     # which tells progress from chance less well.
@@ -368,7 +331,49 @@ def follow_tutorial(
     member.show({"samples": train[rows], "train": last[:5].numpy(), "test": shown})
     member.finish(shared, {}, shown=alone)
     if not alone:
+        loss = member.rows[-1]["train/mse"]
         print(f"PyTorch, seed {seed}: train/mse {loss:.5f}", flush=True)
+
+
+def fit(
+    member: "Member",
+    model: Autoencoder,
+    images: UInt8[np.ndarray, "N H W C"],
+    loader: Iterable[Tensor],
+    shown: bool,
+) -> Float[Tensor, "B D"]:
+    """Train a run's model, log and save each epoch; its last batch.
+
+    Raises:
+        Diverged: the loss is not finite.
+    """
+    from ae_jax.runs.checkpoint import Weights
+
+    train, device = member.config.train, next(model.parameters()).device
+    optimizer = torch.optim.Adam(model.parameters(), lr=train.learning_rate)
+    num_steps = -(-len(images) // train.batch_size)
+    for epoch in range(1, train.num_epochs + 1):
+        start = time.perf_counter()
+        bar = tqdm(loader, f"epoch {epoch}", num_steps, leave=False, disable=None)
+        loss, batch = train_epoch(model, optimizer, (b.to(device) for b in bar))
+        seconds = time.perf_counter() - start
+        member.note_seconds(seconds)
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"{member.folder}: diverged in epoch {epoch}: train/mse {loss:g}; try "
+                "a smaller --train.learning-rate, in another --run-dir"
+            )
+        dead = int(collapse.dead_units(apply(model.encoder, images)).sum())
+        row = {"epoch": epoch, "step": epoch * num_steps, "train/mse": loss}
+        row |= {"train/learning_rate": train.learning_rate, "latent/dead_units": dead}
+        row |= {"wall_s": seconds, "images_per_s": len(images) / seconds}
+        member.log_epoch(row)
+        if shown:
+            print(f"epoch {epoch}  train/mse {loss:.5f}  {seconds:.1f} s", flush=True)
+        state_dict = to_numpy(model.state_dict().items())
+        member.save(Weights(epoch * num_steps, state_dict))
+        member.prune()
+    return batch
 
 
 if __name__ == "__main__":

@@ -228,9 +228,9 @@ def products(shapes: list[tuple[int, int]], batch: int) -> list[tuple[int, int, 
 def measure_limit(images: np.ndarray) -> Row:
     """What a step must take at least: its products, and the bytes that Adam moves.
 
-    Each product at its own shape by the fastest BLAS at hand, on one thread or all; the
-    bytes (parameters and both moments read and written, gradients read) at the speed at
-    which arrays of that size are added.
+    Each product at its own shape by the fastest BLAS installed, on one thread or all;
+    the bytes (parameters and both moments read and written, gradients read) at the
+    speed at which arrays of that size are added.
     """
     shapes = layers(images[0].size, Autoencoder())
     products_s = sum(map(fastest_product, products(shapes, BATCH)))
@@ -397,7 +397,7 @@ def in_turns(runners: list["Runner"], turn_s: float) -> list[float]:
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
 
 
-# --- What it comes to ---------------------------------------------------------------
+# --- Results ------------------------------------------------------------------------
 
 
 def conclude(found: Row) -> Row:

@@ -89,7 +89,7 @@ def final_scores(path: Path, rows: list[Row]) -> Row:
 
 
 def shared_metrics(scores: list[Row]) -> list[str]:
-    """The names of the numbers that all runs have and that tell them apart."""
+    """The names of the numbers that all runs have."""
     return [
         name
         for name in scores[0]

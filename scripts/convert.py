@@ -51,7 +51,7 @@ def main(
             can be evaluated, and trained on from there.
         checkpoint: Of a run folder: latest, best (by held-out loss, else by training
             loss), or a step.
-        latent_activation: Activation of the latent, which the weights cannot tell;
+        latent_activation: Activation of the latent, which the weights do not hold;
             default: the run folder's, for a file the tutorial's relu.
         data_name: Data set of the test images, on which a new run folder trains;
             default: the run folder's, for a file mnist.
@@ -227,7 +227,7 @@ def reconstruct(
 
     Args:
         path: a run folder or a file.
-        settings: what a file cannot tell: the latent's activation, the precision.
+        settings: what a file does not hold: the latent's activation, the precision.
         images: uint8 [N, H, W, C].
         checkpoint: of a run folder.
     """

@@ -119,7 +119,7 @@ def test_a_run_that_diverges_ends_with_status_1(tmp_path):
     ("options", "told"),
     [
         (("--run-dir", "README.md/run"), "README.md"),
-        (("--run-dir", "docs"), "docs: in the way, and not a run folder"),
+        (("--run-dir", "docs"), "docs: exists and is not a run folder"),
         (("--train.init-from", "nowhere"), "nowhere"),
         (("--model.name", "conv", "--model.hidden", 1, 1, 1, 1), "model.hidden: 4 st"),
         (("--data.num-validation", 5000), "data.num_validation: must be below 1437"),

@@ -424,12 +424,12 @@ def test_flipped_bits_of_what_is_streamed_are_noticed_at_the_start(tmp_path):
         data.load(npz_of(path, streaming=True))
 
 
-@pytest.fixture
-def pair(tmp_path):
-    """Images on disk in a shuffled order, and the same in memory."""
+@pytest.fixture(params=["in order", "shuffled"])
+def pair(tmp_path, request):
+    """Images on disk, and the same in memory."""
     pixels = noise(50, 2, 3, 1)
     np.save(tmp_path / "a.npy", pixels[..., 0])
-    order = RNG.permutation(50)
+    order = RNG.permutation(50) if request.param == "shuffled" else slice(None)
     return ImageFile(tmp_path / "a.npy").subset(order), pixels[order]
 
 

@@ -103,7 +103,7 @@ def test_a_damaged_file_is_reported(finished, tmp_path, name, content, told):
 
 def test_a_folder_that_is_no_study_is_left_alone(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="in the way"):
+    with pytest.raises(UserError, match="not a run folder"):
         run_seeds(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -120,7 +120,7 @@ class Dataset:
         return tuple(self.test.images.shape[1:])
 
     def describe(self) -> dict[str, Any]:
-        """What a run's config.json tells of its data."""
+        """What a run's config.json says of its data."""
         return {
             "fingerprint": self.fingerprint,
             "source": self.source,

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, Key, UInt8
 
-from ae_jax.devices import local, place
+from ae_jax.devices import place
 from ae_jax.train import Block, batch_indices
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ class InMemory:
         key: ``key_for(seed, Purpose.SHUFFLE)``.
         batch_size: B.
         sharding: where the images shall lie.
-
-    Attributes:
-        images: the same, as NumPy sees it; on a CPU this is the device's own memory.
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class InMemory:
             lambda key, epoch: batch_indices(key, epoch, num_images, batch_size)
         )
         self._images = place(images, sharding)
-        self.images = np.asarray(local(self._images))
 
     def with_key(self, key: Key[Array, ""]) -> "InMemory":
         """The same images in another order."""
@@ -102,7 +98,7 @@ class Stream:
         sharding: NamedSharding,
         until_step: int,
     ) -> None:
-        self.images, self._batch_size = images, batch_size
+        self._images, self._batch_size = images, batch_size
         self._key, self._sharding = key, sharding
         self._steps_per_epoch = -(-len(images) // batch_size)
         fitting = max(1, BLOCK_BYTES // (batch_size * int(np.prod(images.shape[1:]))))
@@ -121,13 +117,13 @@ class Stream:
     def _shuffled(self, seed: int) -> "grain.MapDataset[int]":
         import grain
 
-        return grain.MapDataset.range(len(self.images)).shuffle(seed=seed)
+        return grain.MapDataset.range(len(self._images)).shuffle(seed=seed)
 
     def _rows(
         self, shuffled: "grain.MapDataset[int]", batch: int
     ) -> Int[np.ndarray, " b"]:
         start = batch * self._batch_size
-        stop = min(start + self._batch_size, len(self.images))
+        stop = min(start + self._batch_size, len(self._images))
         return np.array([shuffled[i] for i in range(start, stop)], np.int64)
 
     def block_at(self, step: int) -> Block:
@@ -170,8 +166,8 @@ class Stream:
         last = min(first + self._length, self._steps_per_epoch)
         wanted = np.concatenate([self._rows(shuffled, b) for b in range(first, last)])
         size = self._length * self._batch_size
-        images = np.zeros((size, *self.images.shape[1:]), np.uint8)
-        images[: len(wanted)] = self.images[wanted]
+        images = np.zeros((size, *self._images.shape[1:]), np.uint8)
+        images[: len(wanted)] = self._images[wanted]
         rows = np.arange(size, dtype=np.int32)
         rows[len(wanted) :] = -1
         return images, rows.reshape(self._length, self._batch_size)

@@ -207,7 +207,7 @@ class Folder(UserImages):
     def _read_all(
         self, pictures: list[str]
     ) -> Iterator[tuple[str, UInt8[np.ndarray, "H W C"]]]:
-        """The readable pictures in their order; how many are not is told.
+        """The readable pictures in their order; how many are not is reported.
 
         Raises:
             UserError: one cannot be read and may not be skipped, or none can be.
@@ -302,7 +302,7 @@ def list_pictures(folder: Path) -> list[str]:
 
 
 def _describe(folder: Path, name: str) -> tuple[str, int, int]:
-    """What tells that a file has changed."""
+    """What shows that a file has changed."""
     try:
         about = os.stat(folder / name)
     except OSError:  # it will be among the broken ones

@@ -71,7 +71,7 @@ class ImageFile:
         if not mapped.flags.c_contiguous:
             raise ValueError("an array in Fortran's order cannot be streamed")
         self._path, self._offset = path, int(mapped.offset)
-        self._rows = np.arange(len(mapped))
+        self._rows: Any = range(len(mapped))  # an array of them would be 8 bytes each
         self._item = mapped.shape[1:] if mapped.ndim != 3 else (*mapped.shape[1:], 1)
         self.dtype = mapped.dtype
 
@@ -86,11 +86,21 @@ class ImageFile:
     def subset(self, rows: Any) -> "ImageFile":
         """The images that ``rows`` would index, in that order, without reading them."""
         part = object.__new__(ImageFile)
-        part.__dict__ |= self.__dict__ | {"_rows": self._rows[rows]}
+        part.__dict__ |= self.__dict__ | {"_rows": self._pick(rows)}
         return part
 
+    def _pick(self, key: Any) -> Any:
+        """The places in the file that a key means: a range, or an array of numbers."""
+        if isinstance(key, slice) or isinstance(self._rows, np.ndarray):
+            return self._rows[key]
+        key = np.asarray(key)
+        if key.dtype == bool:
+            key = np.flatnonzero(key)
+        places = [self._rows[i] for i in key.reshape(-1).tolist()]
+        return np.array(places, np.int64).reshape(key.shape)
+
     def __getitem__(self, key: Any) -> np.ndarray:
-        rows = self._rows[key]
+        rows = np.asarray(self._pick(key))
         images = np.empty((*rows.shape, *self._item), self.dtype)
         places = images.reshape(rows.size, math.prod(self._item))
         size = places.shape[1] * self.dtype.itemsize

@@ -1,4 +1,4 @@
-"""Two implementations of one training, in lockstep: how far apart are they?
+"""Two implementations of one training, in lockstep: how much do they differ?
 
 From the same weights and batches each side gives a :class:`Snapshot` after every epoch.
 In exact arithmetic the two would be equal for ever; in float64 they part by rounding
@@ -90,7 +90,7 @@ def relative_losses(
 
 
 def differences(ours: Snapshot, theirs: Snapshot) -> dict[str, float]:
-    """How far apart two trainings are at the end of an epoch.
+    """How much two trainings differ at the end of an epoch.
 
     Returns:
         Of ``params``, ``mu`` and ``nu`` the largest difference (``params_abs``) and

@@ -164,7 +164,7 @@ NO_DAMAGE = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 
 def damaged(place: Path, reason: str) -> UserError:
     """The error about a checkpoint that is not what was saved."""
-    # TensorStore's messages go on with pages of its settings.
+    # TensorStore's messages end in pages of its settings.
     reason = " ".join(reason.partition("[tensorstore_spec")[0].split())
     return UserError(
         f"{place}: damaged checkpoint: {reason[:200] or 'unreadable'}; delete this "
@@ -345,9 +345,9 @@ class Checkpoints:
         devices.wait_for_all("before removal")  # none still reads them
         for step in sorted(steps) if devices.is_first() else ():
             # Under this name half of it, left by a kill, is cleared next time.
-            doomed = self.folder / f"{step}{UNFINISHED}"
-            os.replace(self.folder / str(step), doomed)
-            _remove_folder(doomed)
+            renamed = self.folder / f"{step}{UNFINISHED}"
+            os.replace(self.folder / str(step), renamed)
+            _remove_folder(renamed)
         devices.wait_for_all("after removal")  # none looks before they are gone
 
     def _load_record(self, step: int) -> dict[str, Any]:

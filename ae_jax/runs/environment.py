@@ -1,6 +1,7 @@
 """What computes a run's numbers: packages, processor, devices, commit."""
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib.metadata
@@ -88,6 +89,12 @@ def peak_memory_bytes() -> int:
     """The most memory that this process has held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
+
+
+def return_freed_memory() -> None:
+    """Give the system back what the C library keeps for later use; Linux's can."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def here(device: dict[str, Any], *packages: str) -> Environment:

@@ -45,7 +45,7 @@ def lock(run_dir: Path, known_by: str = "config.json") -> Iterator[None]:
     Raises:
         UserError: another process holds it, or what is there is not a run folder.
     """
-    foreign = f"{run_dir}: in the way, and not a run folder; choose another --run-dir"
+    foreign = f"{run_dir}: exists and is not a run folder; choose another --run-dir"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(foreign)
     run_dir.mkdir(parents=True, exist_ok=True)

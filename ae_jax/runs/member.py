@@ -103,8 +103,11 @@ class Member:
 
     def report_finished(self) -> None:
         """Say that there is nothing left to do."""
-        more = "A larger --train.num-epochs continues it."
-        print(f"{self.folder} is finished. {more if self._framework == 'jax' else ''}")
+        print(
+            f"{self.folder} is finished. A larger --train.num-epochs continues it."
+            if self._framework == "jax"
+            else f"{self.folder} is finished."
+        )
 
     @property
     def rows(self) -> list[EpochMetrics]:

@@ -179,7 +179,7 @@ def _row_of(settings: Config) -> dict[str, Any]:
 
 
 def curves_by_outcome(rows: Rows) -> dict[str, list[tuple[list[int], list[float]]]]:
-    """Epochs and training losses of runs, by what became of them."""
+    """Epochs and training losses of runs, by outcome."""
     curves: dict[str, Any] = {name: [] for name in collapse.OUTCOMES}
     for row in rows:
         epochs = folder.read_metrics(Path(row["run_dir"]))

@@ -24,7 +24,7 @@ from ae_jax import config, data, devices
 from ae_jax.config import Config
 from ae_jax.errors import Diverged, UserError
 from ae_jax.keys import Purpose, key_for
-from ae_jax.runs import checkpoint, folder, report
+from ae_jax.runs import checkpoint, environment, folder, report
 from ae_jax.runs import run as runs
 from ae_jax.runs.lanes import Feeds
 from ae_jax.runs.member import Member, Shared
@@ -138,9 +138,7 @@ def _train_group(
 ) -> None:
     """Train runs in one program, of those ``compiled`` by size, in folders held."""
     with contextlib.ExitStack() as stack:
-        held = [c for c in configs if devices.is_first() and c.run_dir.exists()]
-        for one in held:
-            stack.enter_context(folder.lock(one.run_dir))
+        new = _lock_those_there(stack, configs)
         members = [Member(one, started) for one in configs]
         pending = [member for member in members if not member.finished]
         if not pending:
@@ -152,13 +150,17 @@ def _train_group(
         if size not in compiled:
             compiled[size] = _compile(first, dataset, size)
         group = Group(members, dataset, compiled[size], on_chunk)
-        for one in configs if devices.is_first() else ():
-            if one not in held:
-                stack.enter_context(_lock_new(one.run_dir))
+        for one in new:
+            stack.enter_context(_lock_new(one.run_dir))
         _describe(pending, experiment, dataset, group)
         group.train()
+        functions = compiled[size].functions
+        if size == 1:  # a sixth of its memory is programs that it needs no more
+            compiled.clear()
+            del group
+            environment.return_freed_memory()
         for member in pending if devices.is_first() else ():
-            member.finish(shared, compiled[size].functions, shown=size == 1)
+            member.finish(shared, functions, shown=size == 1)
 
 
 def _compile(settings: Config, dataset: data.Dataset, size: int) -> Compiled:
@@ -189,6 +191,18 @@ def _describe(
             f"({change}): results may no longer be bit-identical",
             file=sys.stderr,
         )
+
+
+def _lock_those_there(
+    stack: contextlib.ExitStack, configs: Sequence[Config]
+) -> list[Config]:
+    """Hold the folders that exist; the other configs. Process 0 does it for all."""
+    if not devices.is_first():
+        return []
+    there = [one for one in configs if one.run_dir.exists()]
+    for one in there:
+        stack.enter_context(folder.lock(one.run_dir))
+    return [one for one in configs if one not in there]
 
 
 @contextlib.contextmanager
