@@ -370,7 +370,7 @@ def measure_growth(sizes: Sizes, images: np.ndarray) -> list[Row]:
     if x := sizes.widths:
         nets = [Config(model=net(n)) for n in x]
         y = in_turns([make_runner(c, images) for c in nets], sizes.turn_s)
-        ideal = [y[0] * flops(n) / flops(x[0]) for n in x]
+        ideal = [y[0] * (flops(n) / flops(x[0])) for n in x]
         found.append(("times the width", "time per step (µs)", x, y, ideal))
     if x := sizes.seeds:
         runners = [make_runner(Config(), images, n) for n in x]

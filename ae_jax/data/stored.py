@@ -95,7 +95,7 @@ class ImageFile:
             return self._rows[key]
         key = np.asarray(key)
         if key.dtype == bool:
-            key = np.flatnonzero(key)
+            key = np.arange(len(self))[key]
         places = [self._rows[i] for i in key.reshape(-1).tolist()]
         return np.array(places, np.int64).reshape(key.shape)
 
