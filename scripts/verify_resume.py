@@ -154,8 +154,9 @@ def last_stderr_line(run_dir: Path) -> str:
 
 def newest_step(run_dir: Path) -> int | None:
     """The newest checkpoint of a run; None: there is none."""
-    names = (path.name for path in run_dir.glob("checkpoints/*"))
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    from ae_jax.runs.checkpoint import Checkpoints
+
+    return max(Checkpoints(run_dir / "checkpoints").steps, default=None)
 
 
 def compare(run_dir: Path, other: Path) -> list[str]:

@@ -36,7 +36,7 @@ class Study(Config):
     num_seeds: PositiveInt = dataclasses.field(default=64, metadata={"resume": "raise"})
     """How many seeds; may be raised later."""
     together: PositiveInt = 8
-    """Seeds that share a program, side by side; another number, other bits."""
+    """Seeds that share a program; on an accelerator another number is other bits."""
     checkpoint: CheckpointConfig = config.section(
         lambda: CheckpointConfig(keep=1), resume="free"
     )

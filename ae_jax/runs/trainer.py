@@ -89,10 +89,12 @@ def train_in_folders(
     devices.join(first)
     with devices.numerics(first.train.precision):
         devices.check_all_agree(_shared_options(first), "options")
-        compiled: dict[int, Compiled] = {}
+        compile_for = functools.partial(_compile, first, shared)
+        if len(configs) > together:  # else it goes before the scores need memory
+            compile_for = functools.cache(compile_for)  # type: ignore[assignment]
         for start in range(0, len(configs), together):
             group = configs[start : start + together]
-            _train_group(group, experiment, shared, compiled, started, on_chunk)
+            _train_group(group, experiment, shared, compile_for, started, on_chunk)
             started = time.monotonic()
 
 
@@ -132,11 +134,11 @@ def _train_group(
     configs: Sequence[Config],
     experiment: str,
     shared: Shared,
-    compiled: dict[int, Compiled],
+    compile_for: Callable[[int], Compiled],
     started: float,
     on_chunk: Callable[[int], object] | None,
 ) -> None:
-    """Train runs in one program, of those ``compiled`` by size, in folders held."""
+    """Train runs in one program, compiled for so many, in folders that are held."""
     with contextlib.ExitStack() as stack:
         new = _lock_those_there(stack, configs)
         members = [Member(one, started) for one in configs]
@@ -145,25 +147,21 @@ def _train_group(
             if len(members) == 1 and devices.is_first():
                 members[0].report_finished()
             return
-        first, size = configs[0], len(configs)
-        dataset = shared.dataset(first.data)
-        if size not in compiled:
-            compiled[size] = _compile(first, dataset, size)
-        group = Group(members, dataset, compiled[size], on_chunk)
+        dataset, compiled = shared.dataset(configs[0].data), compile_for(len(configs))
+        group = Group(members, dataset, compiled, on_chunk)
         for one in new:
             stack.enter_context(_lock_new(one.run_dir))
         _describe(pending, experiment, dataset, group)
         group.train()
-        functions = compiled[size].functions
-        if size == 1:  # a sixth of its memory is programs that it needs no more
-            compiled.clear()
-            del group
-            environment.return_freed_memory()
+        functions = compiled.functions
+        del group, compiled  # a sixth of a run's memory is programs of its training
+        environment.return_freed_memory()
         for member in pending if devices.is_first() else ():
-            member.finish(shared, functions, shown=size == 1)
+            member.finish(shared, functions, shown=len(configs) == 1)
 
 
-def _compile(settings: Config, dataset: data.Dataset, size: int) -> Compiled:
+def _compile(settings: Config, shared: Shared, size: int) -> Compiled:
+    dataset = shared.dataset(settings.data)
     num_train, processes = len(dataset.train.images), jax.process_count()
     if num_train < processes:
         raise UserError(
