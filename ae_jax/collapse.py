@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ae_jax.stats import median_interval, share_interval
+from ae_jax.stats import median_interval, relative_spread, share_interval
 
 OUTCOMES = ("healthy", "part-dead", "collapsed")
 """Of a run: no latent unit is dead, some are, all are."""
@@ -80,6 +80,7 @@ def summarise_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         ``num_seeds``; ``test/mse/median`` of all of them; of each outcome, ``healthy``
         say, its number, ``share_healthy``, and ``test/mse/healthy``, the median of
         those runs, or None. ``…_low`` and ``…_high`` are the ends of 95 % intervals.
+        ``test/mse/spread`` of the healthy runs, see :func:`relative_spread`, or None.
     """
     scores = np.array([row["test/mse"] for row in rows], np.float64)
     low, high = median_interval(scores)
@@ -89,7 +90,11 @@ def summarise_runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "test/mse/median_low": low,
         "test/mse/median_high": high,
     }
-    for name, chosen in scores_by_outcome(rows).items():
+    by_outcome = scores_by_outcome(rows)
+    healthy = by_outcome["healthy"]
+    spread = relative_spread(healthy) if len(healthy) > 1 else None
+    summary["test/mse/spread"] = spread
+    for name, chosen in by_outcome.items():
         low, high = share_interval(len(chosen), len(rows))
         key = name.replace("-", "_")
         summary |= {key: len(chosen), f"share_{key}": len(chosen) / len(rows)}

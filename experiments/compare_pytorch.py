@@ -37,18 +37,22 @@ Row = dict[str, Any]
 class Comparison(Study):
     """The runs of each side, and how far the two are followed in lockstep."""
 
-    num_seeds: PositiveInt = field(default=32, metadata={"resume": "raise"})
+    num_seeds: PositiveInt = field(default=48, metadata={"resume": "raise"})
     """Seeds a side; may be raised later."""
     lockstep_epochs: PositiveInt = 10
     """Epochs in which both sides are followed in float64."""
     drift_steps: PositiveInt = 938
     """Steps in which they are followed in float32, an epoch's at most."""
     margin: PositiveFloat = 0.03
-    """Relative difference in mean test MSE that counts as none."""
+    """Relative difference in the trimmed mean of test MSE that counts as none."""
 
 
+# Planned from seeds 0 to 63, those of experiments.seeds, before any of these was run:
+# 27 were healthy, and by their spread, 0.026, it takes 13 healthy runs a side to find
+# equal means equal to within 3 % four times out of five (stats.runs_needed). 48 seeds
+# leave room for fewer. The first is healthy, since both sides are followed from it.
 PRESETS = {
-    "reference": Comparison(),
+    "reference": Comparison(train=TrainConfig(seed=65)),
     "quick": Comparison(
         train=TrainConfig(num_epochs=1),
         lockstep_epochs=1,
@@ -144,7 +148,7 @@ def check_weights(layers: Sequence[Row]) -> Row:
 
 def keep_result(comparison: Comparison, summary: Row) -> None:
     """Keep the outcome as experiments/results/compare_pytorch.json."""
-    from ae_jax.parity.report import mean_verdict
+    from ae_jax.parity.report import SIDES, mean_verdict
 
     checks, runs = summary["checks"], summary["runs"]
     headline = {
@@ -153,16 +157,35 @@ def keep_result(comparison: Comparison, summary: Row) -> None:
         "ks_p": runs["ks_p"],
         "collapse_fisher_p": runs["collapsed_p"],
     }
-    table: Table = {
-        "title": "Ours and PyTorch, from the same weights and batches",
+    numbers: Table = {
+        "title": "Both sides from the same weights and batches",
         "columns": ["checked", "found", "allowed"],
         "rows": [
             [row["what"], f"{row['value']:.1e}", f"{row['limit']:.0e}"]
             for row in checks
         ],
+        "caption": "",
+    }
+    seeds: Table = {
+        "title": "Seeds with draws of their own",
+        "columns": [
+            *("", "runs", "healthy", "part-dead", "collapsed"),
+            *("trimmed mean test MSE, healthy", "mean ± sd"),
+        ],
+        "rows": [seeds_row(name, runs[side]) for side, name in SIDES.items()],
         "caption": mean_verdict(runs, comparison.margin),
     }
-    study.keep_result(NAME, comparison, headline, table)
+    study.keep_result(NAME, comparison, headline, [numbers, seeds])
+
+
+def seeds_row(name: str, side: Row) -> list[str]:
+    """How the runs of a side ended, as a row of the table."""
+    counts = (side[key] for key in ("runs", "healthy", "part_dead", "collapsed"))
+    scores = ["–", "–"]
+    if side["sd"] is not None:  # with one healthy run there is none
+        spread = f"{side['mean']:.4f} ± {side['sd']:.4f}"
+        scores = [f"{side['trimmed_mean']:.4f}", spread]
+    return [name, *map(str, counts), *scores]
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ def main(seeds: Study) -> None:
     print(results.to_markdown(table))
     if study.is_reference(seeds, PRESETS):
         ratio = timing.seed_time_ratio(seeds, seeds.together)
-        headline = {name: summary[name] for name in ("num_seeds", "share_collapsed")}
+        names = ("num_seeds", "share_healthy", "share_collapsed", "test/mse/spread")
+        headline = {name: summary[name] for name in names}
         headline["seed_epoch_s_ratio"] = ratio
         table["caption"] += f" A seed takes {ratio:.2f} of a single run's time."
         study.keep_result("seeds", seeds, headline, table)

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from conftest import ROOT
 from life import snapshot
 
-from ae_jax import data, files
+from ae_jax import collapse, data, files
 from ae_jax.config import TrainConfig
 from ae_jax.errors import UserError
 from ae_jax.models.dense import Autoencoder
@@ -162,3 +163,12 @@ def test_only_the_reference_becomes_the_result(finished, monkeypatch):
         "ks_p": found["runs"]["ks_p"],
         "collapse_fisher_p": found["runs"]["collapsed_p"],
     }
+    _, seeds = kept[0]["table"]
+    shown = [dict(zip(seeds["columns"], row, strict=True)) for row in seeds["rows"]]
+    assert [row[""] for row in shown] == ["ours", "PyTorch"]
+    for row, side in zip(shown, ("ours", "theirs"), strict=True):
+        count = Counter(row["outcome"] for row in found[side])
+        assert {k: int(row[k]) for k in collapse.OUTCOMES} == {
+            **dict.fromkeys(collapse.OUTCOMES, 0), **count
+        }  # fmt: skip
+        assert row["runs"] == "2"

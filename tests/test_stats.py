@@ -34,23 +34,40 @@ def test_interval_of_a_single_median_is_itself():
     assert stats.median_interval(np.array([0.04])) == (0.04, 0.04)
 
 
+def trimmed(scores):
+    """Yuen's trimmed mean, its squared standard error, and its degrees of freedom."""
+    cut, ordered = int(stats.TRIM * len(scores)), np.sort(scores)
+    kept = ordered[cut : len(scores) - cut]
+    ends = kept[0], kept[-1]
+    around = np.sum((np.clip(ordered, *ends) - np.clip(ordered, *ends).mean()) ** 2)
+    return kept.mean(), around / (len(kept) * (len(kept) - 1)), len(kept) - 1
+
+
 @settings(deadline=None)
 @given(samples, samples, st.floats(0.01, 0.2))
-def test_tost_is_schuirmanns_two_welch_tests(ours, theirs, margin):
-    assume(np.ptp(ours) > 0 < np.ptp(theirs))
+def test_tost_is_schuirmanns_two_tests_of_yuens(ours, theirs, margin):
+    (a, *of_a), (b, *of_b) = map(trimmed, (ours, theirs))
+    assume(of_a[0] > 0 < of_b[0])
     found = stats.tost(ours, theirs, margin)
-    # By the formulas of Welch and Satterthwaite.
-    parts = np.array([np.var(x, ddof=1) / len(x) for x in (ours, theirs)])
-    error, mean = np.sqrt(parts.sum()), np.mean(theirs)
-    freedom = parts.sum() ** 2 / (parts**2 / [len(ours) - 1, len(theirs) - 1]).sum()
-    t, difference = scipy_stats.t(freedom), np.mean(ours) - mean
-    above = t.sf((difference + margin * mean) / error)
-    below = t.cdf((difference - margin * mean) / error)
+    parts, kept = np.array([of_a, of_b]).T
+    error = np.sqrt(parts.sum())
+    t = scipy_stats.t(parts.sum() ** 2 / (parts**2 / kept).sum())
+    above = t.sf((a - b + margin * b) / error)
+    below = t.cdf((a - b - margin * b) / error)
     half = t.ppf(0.95) * error
-    expected = [difference, difference - half, difference + half]
+    expected = np.array([a - b, a - b - half, a - b + half])
     np.testing.assert_allclose(found.p, max(above, below), rtol=1e-6, atol=1e-12)
-    np.testing.assert_allclose(found[1:], expected / mean, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found[1:], expected / b, rtol=1e-6, atol=1e-9)
     assert (-margin < found.low and found.high < margin) == (found.p < stats.ALPHA)
+
+
+def test_one_run_that_is_still_on_its_way_does_not_decide():
+    rng = np.random.default_rng(0)
+    ours, theirs = rng.normal(0.035, 0.001, (2, 27)).tolist()
+    before = stats.tost(ours, theirs, 0.03).p
+    ours[ours.index(max(ours))] = 0.06
+    assert stats.tost(ours, theirs, 0.03).p == pytest.approx(before)
+    assert before < stats.ALPHA
 
 
 @pytest.mark.parametrize(("true", "expected"), [(0.03, 0.05), (0.0, 0.8)])
@@ -58,7 +75,8 @@ def test_tost_errs_as_often_as_it_says_and_finds_what_runs_needed_says(true, exp
     # At the margin it may call them equal in 5 of 100 samples; where they are equal,
     # and as many as needed, it does so in 80.
     rng = np.random.default_rng(0)
-    needed = stats.runs_needed(rng.normal(1, 0.06, 100_000).tolist(), margin=0.03)
+    spread = stats.relative_spread(rng.normal(1, 0.06, 100_000).tolist())
+    needed = stats.runs_needed(spread, margin=0.03)
     draws = rng.normal(1, 0.06, (600, 2, needed)) + np.array([true, 0])[None, :, None]
     passed = [stats.tost(a, b, 0.03).p < 0.05 for a, b in draws.tolist()]
     np.testing.assert_allclose(np.mean(passed), expected, atol=0.03)
@@ -92,6 +110,7 @@ def test_runs_are_counted_by_their_outcome_and_compared_by_those_that_are_health
     assert found["ours"] == {
         **{"runs": 32, "healthy": 20, "part_dead": 4, "collapsed": 8},
         "mean": pytest.approx(0.036),
+        "trimmed_mean": pytest.approx(trimmed(a)[0]),
         "sd": pytest.approx(np.sqrt(np.sum((np.array(a) - np.mean(a)) ** 2) / 19)),
     }
     assert (found["theirs"]["healthy"], found["theirs"]["part_dead"]) == (10, 1)
@@ -102,7 +121,7 @@ def test_runs_are_counted_by_their_outcome_and_compared_by_those_that_are_health
         assert found[name] == scipy_stats.fisher_exact(np.array(table)).pvalue
     mean = stats.tost(a, b, 0.03)
     assert [found[k] for k in ("tost_p", "difference", "low", "high")] == [*mean]
-    assert found["runs_needed"] == stats.runs_needed(b, 0.03)
+    assert found["runs_needed"] == stats.runs_needed(stats.relative_spread(b), 0.03)
 
 
 @pytest.mark.parametrize("shift", [-0.03, 0.03])

@@ -14,7 +14,7 @@ import numpy as np
 
 from ae_jax import collapse, plots
 from ae_jax.runs.folder import Description
-from ae_jax.stats import ALPHA, share_interval
+from ae_jax.stats import ALPHA, TRIM, share_interval
 
 Found = Mapping[str, Any]
 """What a comparison found, as its summary.json has it."""
@@ -94,6 +94,7 @@ def page(
         drift={name: [curve[:n].max() for n in marks] for name, curve in drift.items()},
         mean_verdict=mean_verdict(found["runs"], options["margin"]),
         alpha=ALPHA,
+        trim=TRIM,
     )
 
 
@@ -116,7 +117,7 @@ def _environment() -> jinja2.Environment:
 
 
 def mean_verdict(runs: Found, margin: float) -> str:
-    """What :func:`ae_jax.stats.compare_runs` says of the mean test MSE, in words.
+    """What :func:`ae_jax.stats.compare_runs` says of the runs' test MSE, in words.
 
     Args:
         runs: its outcome.
@@ -126,8 +127,9 @@ def mean_verdict(runs: Found, margin: float) -> str:
         return "Too few healthy runs to compare their test MSE."
     within = f"within ±{margin:.0%}"
     seen = (
-        f"The mean test MSE of our {runs['ours']['healthy']} healthy runs differs from "
-        f"that of PyTorch's {runs['theirs']['healthy']} by {runs['difference']:+.1%} "
+        f"The trimmed mean test MSE of our {runs['ours']['healthy']} healthy runs "
+        f"differs from that of PyTorch's {runs['theirs']['healthy']} by "
+        f"{runs['difference']:+.1%} "
         f"(90% interval {runs['low']:+.1%} to {runs['high']:+.1%}; TOST p = "
         f"{runs['tost_p']:.2g})"
     )

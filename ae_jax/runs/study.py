@@ -8,7 +8,7 @@ config of a run, and summarises them; the rest is done here.
 import dataclasses
 import json
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -222,7 +222,10 @@ def is_reference(study: Study, presets: Mapping[str, Study]) -> bool:
 
 
 def keep_result(
-    name: str, study: Study, headline: Mapping[str, int | float], table: Table
+    name: str,
+    study: Study,
+    headline: Mapping[str, int | float],
+    table: Table | Sequence[Table],
 ) -> None:
     """Keep an outcome as experiments/results/NAME.json; see :func:`write_result`."""
     first = study.train.seed
