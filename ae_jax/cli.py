@@ -115,14 +115,7 @@ def parse(
         from ae_jax.config import REGISTRIES
 
         registries = REGISTRIES
-    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=list(presets))
-    first.add_argument("--config", type=Path)
-    for section in registries:
-        first.add_argument(f"--{section}.name", dest=section)
-    start, rest = first.parse_known_args(args)
-    if start.config and start.preset:
-        first.error("--preset and --config: give one of them")
+    start, rest = _read_start(args, prog, presets, registries)
     preset = start.preset or default
     folder = Path("runs") / (name if preset == default else f"{name}-{preset}")
     base: Any = presets[preset]
@@ -142,6 +135,24 @@ def parse(
         args=rest,
     )
     return chosen
+
+
+def _read_start(
+    args: list[str],
+    prog: str,
+    presets: Mapping[str, Any],
+    registries: Mapping[str, registry.Registry],
+) -> tuple[argparse.Namespace, list[str]]:
+    """What decides on the options that there are, and the rest of the command line."""
+    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=list(presets))
+    first.add_argument("--config", type=Path)
+    for section in registries:
+        first.add_argument(f"--{section}.name", dest=section)
+    start, rest = first.parse_known_args(args)
+    if start.config and start.preset:
+        first.error("--preset and --config: give one of them")
+    return start, rest
 
 
 def _choose_classes(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-import pydantic
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
 
 from ae_jax import registry
@@ -24,7 +23,7 @@ from ae_jax.models import MODELS
 from ae_jax.models.dense import Autoencoder
 from ae_jax.models.layers import Precision
 from ae_jax.objectives import OBJECTIVES, Reconstruction
-from ae_jax.options import explain, options
+from ae_jax.options import options, validate
 
 C = TypeVar("C")
 
@@ -267,7 +266,7 @@ def _decode(cls: type[C], plain: Any, prefix: str, find_class: FindClass) -> C:
         elif dataclasses.is_dataclass(known[key]):
             values[key] = _decode(known[key], value, f"{path}.", find_class)
         else:
-            values[key] = _check(known[key], value, path)
+            values[key] = validate(known[key], value, path)
     return cls(**values)
 
 
@@ -279,15 +278,6 @@ def _decode_named(path: str, plain: Any, find_class: FindClass) -> Any:
     if cls is None:
         return registry.Unknown(path, name, values)
     return _decode(cls, values, f"{path}.", find_class)
-
-
-def _check(hint: Any, value: Any, path: str) -> Any:
-    """A JSON value as what the hint asks for, with no conversion but JSON's own."""
-    try:
-        adapter = pydantic.TypeAdapter(hint)
-        return adapter.validate_json(json.dumps(value), strict=True)
-    except pydantic.ValidationError as error:
-        raise ValueError(explain(error, path)) from None
 
 
 def load(path: Path, cls: type[C]) -> C:

@@ -5,6 +5,7 @@ A class under :func:`options` is an option group of the command line, an object 
 """
 
 import functools
+import json
 from typing import Any, TypeVar, dataclass_transform
 
 import pydantic
@@ -33,6 +34,23 @@ def options(cls: type[T]) -> type[T]:
     made.__init__ = __init__
     checked: type[T] = made
     return checked
+
+
+def validate(kind: Any, plain: Any, path: str = "") -> Any:
+    """A JSON value as what a type asks for, with no conversion but JSON's own.
+
+    Args:
+        kind: a class of pydantic's, or a type hint.
+        plain: what ``json.load`` gave.
+        path: dotted path of the value, for errors.
+
+    Raises:
+        ValueError: in one line that names each wrong field.
+    """
+    try:
+        return pydantic.TypeAdapter(kind).validate_json(json.dumps(plain), strict=True)
+    except pydantic.ValidationError as error:
+        raise ValueError(explain(error, path)) from None
 
 
 def explain(error: pydantic.ValidationError, prefix: str = "") -> str:

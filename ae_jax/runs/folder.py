@@ -1,7 +1,7 @@
 """The files of a run folder beside its checkpoints: written here, read here.
 
-config.json says what the run is, metrics.jsonl what each epoch came to, summary.json
-that it is finished, and with which scores; tensorboard/ holds the same numbers.
+config.json says what the run is, metrics.jsonl holds the numbers of each epoch,
+summary.json the scores of a finished run; tensorboard/ holds the same numbers.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import pydantic
 
 from ae_jax.errors import UserError
 from ae_jax.files import read_json, write_json, write_text
-from ae_jax.options import explain
+from ae_jax.options import validate
 from ae_jax.runs.environment import Environment
 
 FORMAT: Literal[2] = 2
@@ -126,16 +126,17 @@ def read_description(run_dir: Path) -> Description:
             f"format {FORMAT}; use the ae_jax that wrote it"
         )
     try:
-        return Description.model_validate_json(json.dumps(plain), strict=True)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{path}: damaged: {explain(error)}; fix it") from None
+        description: Description = validate(Description, plain)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}; fix it") from None
+    return description
 
 
 # --- summary.json, metrics.jsonl ----------------------------------------------------
 
 
 class Outcome(pydantic.BaseModel):
-    """summary.json, of a run or a study: what it came to, as extra fields."""
+    """summary.json, of a run or a study; its numbers are extra fields."""
 
     model_config = pydantic.ConfigDict(extra="allow")
 
@@ -184,9 +185,9 @@ def read_summary(
     remedy = "delete summary.json, and give the same command again"
     summary: dict[str, Any] = read_json(path, remedy)
     try:
-        model.model_validate_json(json.dumps(summary), strict=True)
-    except pydantic.ValidationError as error:
-        raise UserError(f"{path}: damaged: {explain(error)}; {remedy}") from None
+        validate(model, summary)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}; {remedy}") from None
     if summary["digest"] != _digest(run_dir, summary):
         raise UserError(
             f"{path}: damaged: it or metrics.jsonl is not what was written; {remedy}"

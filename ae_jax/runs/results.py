@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import pydantic
 from typing_extensions import TypedDict
 
 from ae_jax.errors import UserError
 from ae_jax.files import read_json, write_json
+from ae_jax.options import validate
 from ae_jax.runs.environment import cpu_model, usable_cores, versions
 
 
@@ -113,10 +113,10 @@ def read_tables(path: Path) -> list[Table]:
     result = read_json(path, "restore it from git")
     try:
         tables = result["table"]
-        adapter = pydantic.TypeAdapter(list[Table])
-        return adapter.validate_python([tables] if "rows" in tables else tables)
-    except (KeyError, TypeError, pydantic.ValidationError) as error:
+        tables = validate(list[Table], [tables] if "rows" in tables else tables)
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: no table in it; restore it from git") from error
+    return list(tables)
 
 
 def to_markdown(table: Table) -> str:

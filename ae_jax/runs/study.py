@@ -1,4 +1,4 @@
-"""A study: a folder of ordinary runs, and what they come to.
+"""A study: a folder of ordinary runs, and a summary of them.
 
 ``RUN_DIR/study.json`` holds its options, ``RUN_DIR/CELL/SEED/`` its runs, and
 ``RUN_DIR/summary.json`` its result. An experiment says which cells there are, each the
@@ -6,7 +6,6 @@ config of a run, and summarises them; the rest is done here.
 """
 
 import dataclasses
-import json
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pydantic import PositiveInt
 from ae_jax import collapse, config, files
 from ae_jax.config import CheckpointConfig, Config, FiguresConfig
 from ae_jax.errors import UserError
-from ae_jax.options import explain, options
+from ae_jax.options import options, validate
 from ae_jax.runs import environment, folder, results
 from ae_jax.runs.member import Shared
 from ae_jax.runs.results import Table
@@ -30,7 +29,7 @@ from ae_jax.runs.trainer import train_in_folders
 class Study(Config):
     """A run's options, and how many seeds of it; ``train.seed`` is the first.
 
-    Of each of many runs the newest checkpoint is enough, and figures wait for a wish.
+    By default each run keeps its newest checkpoint only, and draws no figures.
     """
 
     num_seeds: PositiveInt = dataclasses.field(default=64, metadata={"resume": "raise"})
@@ -125,11 +124,10 @@ def _check_known(name: str, study: S) -> S | None:
         return None
     plain = files.read_json(path)
     try:
-        about = StudyFile.model_validate_json(json.dumps(plain), strict=True)
-    except pydantic.ValidationError as error:
+        about: StudyFile = validate(StudyFile, plain)
+    except ValueError as error:
         raise UserError(
-            f"{path}: not a study of this version: {explain(error)}; choose another "
-            "--run-dir"
+            f"{path}: not a study of this version: {error}; choose another --run-dir"
         ) from None
     if about.experiment != name:
         raise UserError(
