@@ -13,11 +13,11 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib.style
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -63,6 +63,9 @@ STYLE = (
 )
 SIDE = 112 / DPI
 """The longer side of an image, in inches: in pixels a multiple of 28 and of 8."""
+
+MAX_LEGEND = 20
+"""Classes that a legend has room for."""
 
 METADATA: dict[str, dict[str, str | None]] = {
     "pdf": {"CreationDate": None},
@@ -119,6 +122,50 @@ def test_reconstructions(recon: Images, originals: Images) -> Figure:
     return _draw_rows(
         [("Reconstructed image", recon[:10]), ("Original Image", originals[:10])]
     )
+
+
+@matplotlib.style.context(STYLE)
+def image_rows(rows: Mapping[str, Images]) -> Figure:
+    """Rows of equally many images, each under its title.
+
+    Raises:
+        ValueError: there are no images.
+    """
+    return _draw_rows([*rows.items()])
+
+
+@matplotlib.style.context(STYLE)
+def latents(
+    latents: Float[np.ndarray, "N K"], labels: Integer[np.ndarray, "N"]
+) -> Figure:
+    """Latents as dots, a colour and a marker for each class.
+
+    One unit is drawn against the class, two and three are the axes; of more, the axes
+    are the two directions in which they vary most (principal components).
+
+    Args:
+        latents: of N images.
+        labels: their classes.
+    """
+    names = [f"Latent unit {i}" for i in range(latents.shape[1])]
+    if len(names) == 1:
+        latents, names = np.stack([latents[:, 0], labels], axis=1), [*names, "Class"]
+    elif len(names) > 3:
+        centred = latents - latents.mean(axis=0)
+        latents = centred @ np.linalg.svd(centred, full_matrices=False)[2][:2].T
+        names = [f"Principal component {i} of the latents" for i in (1, 2)]
+    figure = Figure((8, 6), layout="constrained")
+    axes: Any = figure.add_subplot(projection="3d" if len(names) == 3 else None)
+    classes = np.unique(labels)
+    for number, label in enumerate(classes):
+        style = "os^D"[number // len(COLOURS) % 4]
+        dots = latents[labels == label].T
+        axes.plot(*dots, style, alpha=0.6, mew=0, ms=5, label=str(label))
+    for axis, name in zip("xyz", names, strict=False):
+        axes.set(**{f"{axis}label": name})
+    if len(classes) <= MAX_LEGEND:
+        figure.legend(title="Class", loc="outside right upper")
+    return figure
 
 
 # By its name pytest would take it for a test.

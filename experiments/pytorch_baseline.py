@@ -310,8 +310,7 @@ def follow_tutorial(
     """
     config, cuda = member.config, torch.cuda.is_available()
     dataset, seed = shared.dataset(config.data), config.train.seed
-    train, test = dataset.train.images, dataset.test.images
-    size = config.train.batch_size
+    train, size = dataset.train.images, config.train.batch_size
     kind = torch.cuda.get_device_name() if cuda else "cpu"
     member.describe(experiment, dataset, {"kind": kind, "count": 1})
     member.checkpoints.remove_after(0)  # what was interrupted starts again
@@ -327,8 +326,7 @@ def follow_tutorial(
     # which tells progress from chance less well.
     last = batch.reshape(-1, *dataset.shape).mul(255).round().to(torch.uint8).cpu()
     rows = np.random.default_rng(seed).permutation(len(train))[:25]
-    shown = test[(len(test) - 1) // size * size :][:10]
-    member.show({"samples": train[rows], "train": last[:5].numpy(), "test": shown})
+    member.show(dataset, train[rows], last[:5].numpy())
     member.finish(shared, {}, shown=alone)
     if not alone:
         loss = member.rows[-1]["train/mse"]

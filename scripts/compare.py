@@ -1,15 +1,17 @@
-"""Compare runs: ``compare.py RUN RUN… [--sort METRIC] [--result NAME]``."""
+"""Compare runs: ``compare.py RUN RUN… [--sort METRIC] [--json] [--result NAME]``."""
 
+import json
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from ae_jax import cli, collapse, config
 from ae_jax.errors import UserError, suggest
 
 if TYPE_CHECKING:
+    from ae_jax.runs.folder import Description
     from ae_jax.runs.results import Table
 
 HEADINGS = {
@@ -31,6 +33,7 @@ def main(
     run_dirs: Positional[tuple[Path, ...]],
     sort: str | None = None,
     result: str | None = None,
+    as_json: Annotated[bool, arg(name="json")] = False,
 ) -> None:
     """Compare runs: fields that differ, final metrics, loss curves over each other.
 
@@ -41,9 +44,10 @@ def main(
         sort: Order the runs by this metric, the smallest first.
         result: Keep the outcome as experiments/results/NAME.json, for the tables in
             README and docs; all runs must be finished.
+        as_json: Print one line of JSON for each run, and draw nothing.
     """
     from ae_jax.runs import folder
-    from ae_jax.runs.results import to_markdown, write_result
+    from ae_jax.runs.results import to_markdown
 
     if len(set(run_dirs)) < 2:
         raise UserError(f"compare needs two runs or more, got {len(set(run_dirs))}")
@@ -57,24 +61,42 @@ def main(
             raise UserError(f"--sort: no metric {sort!r}{suggest(sort, metrics)}")
         scores = dict(sorted(scores.items(), key=lambda item: item[1][sort]))
     differ = differing_fields(list(fields.values()))
+    if as_json:
+        for path, row in scores.items():
+            config_of = {name: fields[path].get(name) for name in differ}
+            print(json.dumps({"run": str(path), "config": config_of, **row}))
+        return
     for name in differ:
         values = ", ".join(str(fields[path].get(name, "–")) for path in scores)
         print(f"{name}: {values}")
     rows = [{"run": path, **row} for path, row in scores.items()]
     print(to_markdown(make_table("Final metrics", rows, ["run", *metrics])), end="")
     print(f"loss curves: {draw(epochs)}")
-    if result is None:
-        return
-    if unfinished := [str(path) for path, row in scores.items() if "steps" not in row]:
+    if result is not None:
+        rows = [fields[path] | row for path, row in scores.items()]
+        keep(result, described[run_dirs[0]], rows, [*differ, *metrics])
+
+
+def keep(name: str, first: "Description", rows: list[Row], shown: list[str]) -> None:
+    """Keep the outcome as experiments/results/NAME.json.
+
+    Args:
+        name: of the file.
+        first: config.json of one of the runs.
+        rows: of each run its config's fields and its scores.
+        shown: names of the table's columns.
+    """
+    from ae_jax.runs.results import write_result
+
+    unfinished = [row["run_dir"] for row in rows if "steps" not in row]
+    if unfinished:
         raise UserError(f"not finished: {', '.join(unfinished)}; finish them")
-    rows = [fields[path] | row for path, row in scores.items()]
-    experiment = described[run_dirs[0]].experiment
-    table = make_table(f"Runs of {experiment}", rows, [*differ, *metrics])
-    headline, table["caption"] = conclude(rows, metrics)
-    path = Path("experiments") / "results" / f"{result}.json"
-    accelerator = described[run_dirs[0]].device["kind"]
+    table = make_table(f"Runs of {first.experiment}", rows, shown)
+    headline, table["caption"] = conclude(rows, shown)
+    path = Path("experiments") / "results" / f"{name}.json"
     seeds = [row.get("train.seed", 0) for row in rows]
-    write_result(path, experiment, seeds, headline, table, accelerator)
+    kind = first.device["kind"]
+    write_result(path, first.experiment, seeds, headline, table, kind)
     print(f"result: {path}")
 
 

@@ -1,7 +1,9 @@
-"""Fill the tables of README and docs from experiments/results/: ``tables.py``.
+"""Fill README's and docs' tables and numbers from experiments/results/: ``tables.py``.
 
 What stands between ``<!-- table NAME -->`` and ``<!-- end -->`` is replaced by the
-tables of ``NAME.json``, which holds them exactly as they are shown.
+tables of ``NAME.json``, which holds them exactly as they are shown; and what stands
+between ``<!-- number NAME KEY FORMAT -->`` and ``<!-- end -->``, by a number of its
+headline in Python's format.
 """
 
 import re
@@ -9,34 +11,43 @@ import sys
 from pathlib import Path
 
 from ae_jax import cli
-from ae_jax.errors import UserError
+from ae_jax.errors import UserError, suggest
 
 ROOT = Path(__file__).resolve().parent.parent
-MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+NUMBER = re.compile(r"(<!-- number (\w+) (\S+) (\S+) -->).*?(<!-- end -->)")
 
 
 def fill(text: str, results: Path) -> str:
-    """A document with its tables as the results have them.
+    """A document with its tables and numbers as the results have them.
 
     Args:
         text: the document.
         results: folder of the results.
 
     Raises:
-        UserError: a result without a table.
-        OSError: a table of which there is no result.
+        UserError: a result without a table, or without that number.
+        OSError: there is no such result.
     """
+    from ae_jax.files import read_json
     from ae_jax.runs.results import read_tables, to_markdown
 
     def tables(match: re.Match[str]) -> str:
         shown = map(to_markdown, read_tables(results / f"{match[2]}.json"))
         return f"{match[1]}{chr(10).join(shown)}{match[3]}"
 
-    return MARKED.sub(tables, text)
+    def number(match: re.Match[str]) -> str:
+        path = results / f"{match[2]}.json"
+        headline = read_json(path, "restore it from git")["headline"]
+        if match[3] not in headline:
+            raise UserError(f"{path}: no {match[3]!r}{suggest(match[3], headline)}")
+        return f"{match[1]}{headline[match[3]]:{match[4]}}{match[5]}"
+
+    return NUMBER.sub(number, TABLE.sub(tables, text))
 
 
 def main(check: bool = False, root: Path = ROOT) -> None:
-    """Fill the tables of README and docs from experiments/results/.
+    """Fill the tables and numbers of README and docs from experiments/results/.
 
     Args:
         check: Write nothing; status 2 if a document is not up to date.

@@ -39,7 +39,12 @@ def test_float64_and_float32_follow_each_other(tmp_path):
     double = ae_jax.fit(small(tmp_path / "double", precision="float64"))
     after = ae_jax.fit(small(tmp_path / "after"))
     assert_same_end(before.folder, after.folder)
-    assert repr(after) == f"<Run {after.folder}: step 6, 2 of 2 epochs>"
+    first, what, loss = repr(after).splitlines()
+    assert first == f"<Run {after.folder}: step 6, 2 of 2 epochs"
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(after.params))
+    assert what.endswith(f"{num_params:,} parameters")
+    row = after.metrics[-1]
+    assert loss == f"  train/mse {row['train/mse']:.5f}, val/mse {row['val/mse']:.5f}>"
     images = after.data().test.images[:3]
     assert [r.encode(images).dtype for r in (double, after)] == [np.float64, np.float32]
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -154,6 +156,30 @@ def test_compare_sorts_by_a_metric_that_all_have(copied, other, capsys):
         compare.main((copied, other), sort="test/msee")
 
 
+def test_compare_as_json_is_a_line_for_each_run(copied, other, capsys):
+    compare.main((copied, other), sort="test/mse", as_json=True)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["run"] for row in rows} == {str(copied), str(other)}
+    assert rows[0]["test/mse"] <= rows[1]["test/mse"]
+    for row in rows:
+        path = Path(row["run"])
+        assert row["config"] == {"train.seed": int(path == other)}
+        summary = read_json(path / "summary.json")
+        assert row["test/ssim"] == summary["test/ssim"]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_path_that_is_no_run_gets_the_runs_near_it(tmp_path, depth):
+    for name in ("a", "b"):
+        path = tmp_path / "/".join(["study"] * (depth - 1) + [name])
+        path.mkdir(parents=True)
+        (path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"there are \S*/a, \S*/b$"):
+        evaluate.main(tmp_path / "c")
+    with pytest.raises(UserError, match=r"there are \S*/a, \S*/b$"):
+        evaluate.main(tmp_path)
+
+
 def test_a_kept_result_holds_the_runs_and_their_table(
     copied, other, tmp_path, monkeypatch, capsys
 ):
@@ -270,6 +296,21 @@ def test_a_number_that_was_typed_fails_the_check(project, old):
     with pytest.raises(UserError, match=r"README.md: tables are old"):
         tables.main(root=project, check=True)
     assert path.read_text() == typed
+
+
+def test_a_number_in_the_text_is_its_results_in_the_format_asked_for(project):
+    path = project / "experiments" / "results" / "two.json"
+    write_json(path, {**read_json(path), "headline": {"share": 0.25, "n": 7}})
+    text = "<!-- number two share .1% -->?<!-- end --> of "
+    text += "<!-- number two n d --><!-- end -->"
+    (project / "docs" / "page.md").write_text(text)
+    tables.main(root=project)
+    filled = (project / "docs" / "page.md").read_text()
+    assert re.sub("<!--.*?-->", "", filled) == "25.0% of 7"
+    tables.main(root=project, check=True)
+    (project / "docs" / "page.md").write_text(text.replace("two n", "two m"))
+    with pytest.raises(UserError, match=r"two.json: no 'm'.*known are: n, share"):
+        tables.main(root=project)
 
 
 @pytest.mark.parametrize("result", [{}, [], {"table": 3}, {"table": {"rows": [[1]]}}])

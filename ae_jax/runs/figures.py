@@ -18,9 +18,11 @@ from ae_jax.errors import UserError, suggest
 from ae_jax.runs.folder import WRITE_AGAIN, loss_name_of
 from ae_jax.runs.run import Run
 
+IMAGES = ("samples", "train", "test", "encoded")
+
 
 def read_images(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W C"]]:
-    """The images that the figures show: ``samples``, ``train`` and ``test``.
+    """What the figures show: ``IMAGES``, and the ``labels`` of those encoded.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -29,8 +31,8 @@ def read_images(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W C"]]:
     try:
         # From memory: NumPy does not close a file that it cannot read.
         with np.load(io.BytesIO(path.read_bytes())) as archive:
-            images = {name: archive[name] for name in ("samples", "train", "test")}
-        if any(a.dtype != np.uint8 or a.ndim != 4 for a in images.values()):
+            images = {name: archive[name] for name in (*IMAGES, "labels")}
+        if any(images[n].dtype != np.uint8 or images[n].ndim != 4 for n in IMAGES):
             raise ValueError("it holds no images")
     except Exception as error:  # NumPy, zipfile and zlib each raise their own
         raise UserError(f"{path}: cannot be read ({error}); {WRITE_AGAIN}") from error
@@ -74,6 +76,46 @@ def test_reconstructions(run: Run) -> Figure:
     return plots.test_reconstructions(run.reconstruct(originals), originals)
 
 
+def latents(run: Run) -> Figure:
+    """The latents of test images, a colour for each class."""
+    shown = read_images(run.folder)
+    return plots.latents(run.encode(shown["encoded"]), shown["labels"])
+
+
+def traversal(run: Run) -> Figure:
+    """Each latent unit from its 5th to its 95th percentile, the others at their median.
+
+    Of many units the ten of the largest variance.
+    """
+    latents = run.encode(read_images(run.folder)["encoded"])
+    units = np.sort(np.argsort(-latents.var(axis=0))[:10])
+    ways = np.repeat(np.median(latents, axis=0)[None, None], len(PERCENTILES), axis=1)
+    ways = np.repeat(ways, len(units), axis=0)  # [units, percentiles, K]
+    for way, unit in zip(ways, units, strict=True):
+        way[:, unit] = np.percentile(latents[:, unit], PERCENTILES)
+    images = run.decode(ways.reshape(-1, latents.shape[1]))
+    rows = images.reshape(len(units), len(PERCENTILES), *run.shape)
+    names = [f"Latent unit {unit}" for unit in units]
+    return plots.image_rows(dict(zip(names, rows, strict=True)))
+
+
+def interpolation(run: Run) -> Figure:
+    """From one test image to another, in equal steps of the latent."""
+    shown = read_images(run.folder)
+    images, labels = shown["encoded"], shown["labels"]
+    other = int((labels != labels[0]).argmax())  # 0 if there is one class only
+    ends = images[[0, other or len(images) - 1]]
+    start, end = run.encode(ends)
+    way = np.linspace(start, end, num=10, dtype=start.dtype)
+    white = np.float32(255)
+    row = np.concatenate([ends[:1] / white, run.decode(way), ends[1:] / white])
+    return plots.image_rows({"Original, steps of the latent, original": row})
+
+
+PERCENTILES = (5, 20, 35, 50, 65, 80, 95)
+"""Of a unit's values on test images, in :func:`traversal`."""
+
+
 class RunFigure(NamedTuple):
     """A figure of a run.
 
@@ -91,8 +133,11 @@ FIGURES: dict[str, RunFigure] = {
     "training_loss": RunFigure(training_loss),
     "reconstructions_by_epoch": RunFigure(reconstructions_by_epoch, ("__call__",)),
     "test_reconstructions": RunFigure(test_reconstructions, ("__call__",)),
+    "latents": RunFigure(latents, ("encode",)),
+    "traversal": RunFigure(traversal, ("encode", "decode")),
+    "interpolation": RunFigure(interpolation, ("encode", "decode")),
 }
-"""The figures, in the tutorial's order."""
+"""The figures: the tutorial's, in its order, and those of the latent."""
 
 
 def applicable(run: Run) -> list[str]:

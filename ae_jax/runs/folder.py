@@ -107,6 +107,19 @@ def write_description(run_dir: Path, description: Description) -> None:
     write_json(run_dir / "config.json", description.model_dump())
 
 
+def _runs_near(path: Path) -> str:
+    """Which run folders there are in, or else beside, a path that is none."""
+    for place in (path, path.parent):
+        found = sorted(place.glob("*/config.json")) or sorted(
+            place.glob("*/*/config.json")
+        )
+        if found:
+            names = [str(config.parent) for config in found[:5]]
+            more = f", and {len(found) - 5} more" if len(found) > 5 else ""
+            return f"there are {', '.join(names)}{more}"
+    return "check the path"
+
+
 def read_description(run_dir: Path) -> Description:
     """A run folder's config.json.
 
@@ -116,7 +129,9 @@ def read_description(run_dir: Path) -> Description:
     """
     path = run_dir / "config.json"
     if not path.exists():
-        raise UserError(f"{run_dir}: not a run folder (no config.json); check the path")
+        raise UserError(
+            f"{run_dir}: not a run folder (no config.json); {_runs_near(run_dir)}"
+        )
     plain = read_json(path)
     if not isinstance(plain, dict) or "config" not in plain:
         raise UserError(f"{path}: not a run's config.json; choose another folder")

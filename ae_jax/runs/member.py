@@ -19,6 +19,9 @@ from ae_jax.train import TrainState
 
 Framework = Literal["jax", "pytorch"]
 
+NUM_ENCODED = 1000
+"""Test images whose latents the figures show."""
+
 
 def code_digests(settings: Config) -> dict[str, str]:
     """Of the classes that are not ours, what they do, by section."""
@@ -188,8 +191,22 @@ class Member:
         if devices.is_first():
             folder.write_metrics(self.folder, self.rows)
 
-    def show(self, images: dict[str, Any]) -> None:
-        """Write what the figures show, by name."""
+    def show(self, dataset: data.Dataset, samples: Any, last_batch: Any) -> None:
+        """Write figures/images.npz, all that the figures show.
+
+        Args:
+            dataset: of the run.
+            samples: random training images [n, H, W, C].
+            last_batch: images of the last batch of the last epoch.
+        """
+        (test, labels), size = dataset.test, self.config.train.batch_size
+        images = {
+            "samples": samples,
+            "train": last_batch,
+            "test": test[(len(test) - 1) // size * size :][:10],
+            "encoded": test[:NUM_ENCODED],
+            "labels": labels[:NUM_ENCODED],
+        }
         if devices.is_first():
             path = self.folder / "figures" / "images.npz"
             path.parent.mkdir(exist_ok=True)

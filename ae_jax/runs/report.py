@@ -11,7 +11,7 @@ from ae_jax.runs.folder import EpochMetrics, loss_name_of
 
 
 class Progress:
-    """A bar on a terminal, a line for each epoch elsewhere; remarks on both."""
+    """A bar on a terminal or in a notebook, elsewhere a line for each epoch."""
 
     def __init__(
         self, num_images: int, done: int, num_epochs: int, shown: bool
@@ -23,7 +23,7 @@ class Progress:
             unit=" images",
             unit_scale=True,
             dynamic_ncols=True,
-            disable=not (shown and sys.stderr.isatty()),
+            disable=not (shown and (sys.stderr.isatty() or "ipykernel" in sys.modules)),
         )
 
     def update(self, num_images: int, loss: float) -> None:

@@ -131,8 +131,19 @@ class Run:
     """Compiled methods, shared by the run's other checkpoints."""
 
     def __repr__(self) -> str:
+        num_params = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        plain = config.to_json(self.config)
+        dataset, model, objective = (plain[s]["name"] for s in config.REGISTRIES)
         epochs = f"{len(self.metrics)} of {self.config.train.num_epochs} epochs"
-        return f"<Run {self.folder}: step {self.step}, {epochs}>"
+        lines = [
+            f"Run {self.folder}: step {self.step:,}, {epochs}",
+            f"{objective} of {dataset} by {model}, {num_params:,} parameters",
+        ]
+        if self.metrics:
+            row, name = self.metrics[-1], loss_name_of(self.metrics[-1])
+            losses = [f"{p}/{name}" for p in ("train", "val") if f"{p}/{name}" in row]
+            lines.append(", ".join(f"{key} {row[key]:.5f}" for key in losses))
+        return "<" + "\n  ".join(lines) + ">"
 
     def __reduce__(self) -> Any:
         return open_run, (str(self.folder.absolute()), self.step)

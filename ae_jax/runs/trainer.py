@@ -325,7 +325,7 @@ class Group:
             for i in self._pending:
                 member = self._members[i]
                 member.begin(self._program.steps_per_epoch)
-                member.show(self._images_shown(member, feeds[i]))
+                self._show_images(member, feeds[i])
             until = step if pending[0].out_of_patience() else self._last_step
             chunk = self._program.chunk  # not compiled if there is nothing to do
             if step < until:
@@ -342,19 +342,15 @@ class Group:
         if signum:
             self._leave(int(state.step), signum)
 
-    def _images_shown(self, member: Member, feed: Any) -> dict[str, Any]:
-        """Choose the images that the figures show; known before the first step."""
+    def _show_images(self, member: Member, feed: Any) -> None:
+        """Store the images that the figures show; known before the first step."""
         seed, size = member.config.train.seed, self._config.train.batch_size
-        train, test = self._dataset.train.images, self._dataset.test.images
+        train = self._dataset.train.images
         shuffle, drawn = (key_for(seed, p) for p in (Purpose.SHUFFLE, Purpose.SAMPLES))
         batches = range(min(-(-25 // size), self._program.steps_per_epoch))
         rows = np.concatenate([feed.rows_at(drawn, batch) for batch in batches])
         last_rows = feed.rows_at(shuffle, self._last_step - 1)
-        return {
-            "samples": train[rows[:25]],
-            "train": train[last_rows[:5]],
-            "test": test[(len(test) - 1) // size * size :][:10],
-        }
+        member.show(self._dataset, train[rows[:25]], train[last_rows[:5]])
 
     def _start_progress(self, step: int) -> report.Progress:
         num_epochs, self._logged_step = self._config.train.num_epochs, step
