@@ -74,3 +74,11 @@ def random_like(tree, bound=0.3):
         lambda leaf: jnp.asarray(rng.uniform(-bound, bound, leaf.shape), leaf.dtype),
         tree,
     )
+
+
+_RNG = np.random.default_rng(0)
+
+
+def noise(*shape):
+    """Images, or what becomes some, in which no pixel can stand for another."""
+    return _RNG.integers(0, 256, shape, np.uint8)

