@@ -1,12 +1,10 @@
 """Names and classes; what a class of one's own does, as a digest."""
 
-import dataclasses
 import os
-import subprocess
 import sys
-import textwrap
 import types
 
+import life
 import pytest
 
 from ae_jax import config, registry
@@ -16,14 +14,15 @@ from ae_jax.models.dense import Autoencoder
 ALL = [
     (section, name) for section, known in config.REGISTRIES.items() for name in known
 ]
+AN_INSTANCE = Autoencoder()
 
 
 @pytest.mark.parametrize(("section", "name"), ALL)
 def test_a_name_finds_its_class_and_the_class_its_name(section, name):
     known = config.REGISTRIES[section]
     cls = registry.find_class(section, known, name)
+    assert cls is known[name]
     assert registry.name_of(known, cls()) == name
-    assert isinstance(cls(), config.REGISTRIES[section][name])
     assert registry.digest_code(cls()) is None  # its version is ae_jax's
     # It needs no registry to be found.
     path = registry.name_of({}, cls())
@@ -31,25 +30,19 @@ def test_a_name_finds_its_class_and_the_class_its_name(section, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
-        ("autoencodr", r"^model\.name: there is no autoencodr \(did you mean autoenc"),
-        (
-            "resnet",
-            r"there is no resnet; known are: autoencoder, conv; one of your own",
-        ),
-        (
-            "no.such:Thing",
-            r"cannot import no\.such:Thing: No module named 'no'; define",
-        ),
+        ("autoencodr", r"there is no autoencodr \(did you mean autoencoder"),
+        ("resnet", r"there is no resnet; known are: autoencoder, conv; one of your"),
+        ("no.such:Thing", r"cannot import no\.such:Thing: No module named 'no'; defi"),
         ("ae_jax.models:Thing", "cannot import .* has no attribute 'Thing'"),
         (":Thing", "cannot import :Thing: "),
-        ("ae_jax.models:MODELS", "is not a dataclass; make it one"),
         ("ae_jax.errors:UserError", "is not a dataclass; make it one"),
+        (f"{__name__}:AN_INSTANCE", "is not a dataclass; make it one"),
     ],
 )
-def test_a_name_that_is_none_is_refused_in_one_line(name, told):
-    with pytest.raises(UserError, match=told) as caught:
+def test_a_name_that_is_none_is_refused_in_one_line(name, message):
+    with pytest.raises(UserError, match=rf"^model\.name: .*{message}") as caught:
         registry.find_class("model", config.REGISTRIES["model"], name)
     assert "\n" not in str(caught.value)
 
@@ -57,12 +50,11 @@ def test_a_name_that_is_none_is_refused_in_one_line(name, told):
 def test_what_is_not_known_here_says_so_when_it_is_used():
     unknown = registry.Unknown("objective", "mine:Mine", {"weight": 2})
     assert registry.name_of({}, unknown) == "mine:Mine"
+    message = r"^objective\.name: mine:Mine is not known here; define and register it"
     for name in ("loss_name", "load", "make"):
-        with pytest.raises(
-            UserError, match=r"^objective\.name: mine:Mine is not known"
-        ):
+        with pytest.raises(UserError, match=message):
             getattr(unknown, name)
-    with pytest.raises(UserError, match="define and register it first"):
+    with pytest.raises(UserError, match=message):
         unknown(None, {}, None, None)
 
 
@@ -113,7 +105,7 @@ class Mine(Base):
 
     @staticmethod
     def still(x, *, by=9):
-        return x if x in {"ape", "bee", "cat", "dog"} else by
+        return x if x in {"ape", "bee", "cat", "dog", "elk", "fox", "gnu"} else by
 
     def make(self, shape, precision):
         return Net()
@@ -124,28 +116,6 @@ class Mine(Base):
         total = SCALE * TABLE[0] + LIMITS["low"] + WEIGHTS.sum()
         return shift(jitted)(inner(self.inherited(x))) + total, {}
 """
-
-
-def define(source, name="notebook"):
-    """An instance of the class that a notebook's cells define."""
-    module = types.ModuleType(name)
-    sys.modules[name] = module
-    try:
-        exec(compile(source, f"<{name}>", "exec"), vars(module))
-    finally:
-        del sys.modules[name]
-    return module.Mine()
-
-
-def test_the_same_definition_again_has_the_same_digest():
-    digest = registry.digest_code(define(NOTEBOOK))
-    assert digest == registry.digest_code(define(NOTEBOOK))
-    assert len(digest) == 64
-    # Neither comments nor where it stands matter, nor what it does not use.
-    moved = f"# A remark.\nUNUSED = 3\n{NOTEBOOK}"
-    assert registry.digest_code(define(moved)) == digest
-
-
 CHANGES = {
     "a constant of a method": ("self.sigma * 8", "self.sigma * 8.5"),
     "what a method calls": ("self.inherited(x)", "self.doubled"),
@@ -167,48 +137,46 @@ CHANGES = {
 }
 
 
+def define(source):
+    """An instance of the class that a notebook's cells define."""
+    module = types.ModuleType("notebook")
+    sys.modules["notebook"] = module
+    try:
+        exec(compile(source, "<notebook>", "exec"), vars(module))
+    finally:
+        del sys.modules["notebook"]
+    return module.Mine()
+
+
+def digest(source):
+    return registry.digest_code(define(source))
+
+
+def test_another_process_finds_the_same_digest_of_the_same_doings(tmp_path):
+    # Neither comments nor where it stands matter, nor what it does not use.
+    moved = f"# A remark.\nUNUSED = 3\n{NOTEBOOK}"
+    (tmp_path / "notebook.py").write_text(moved)
+    code = (
+        "from ae_jax import registry\n"
+        "cls = registry.find_class('objective', {}, 'notebook:Mine')\n"
+        "print(registry.digest_code(cls()))"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    found = life.run("-c", code, PYTHONHASHSEED="1", PYTHONPATH=path)
+    assert found == (0, f"{digest(NOTEBOOK)}\n", "")
+    assert digest(moved) == digest(NOTEBOOK)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_changes_its_doings_changes_the_digest(change):
     before, after = CHANGES[change]
     assert NOTEBOOK.count(before) == 1
-    changed = define(NOTEBOOK.replace(before, after))
-    assert registry.digest_code(changed) != registry.digest_code(define(NOTEBOOK))
+    assert digest(NOTEBOOK.replace(before, after)) != digest(NOTEBOOK)
 
 
-def test_fields_are_no_part_of_the_digest_for_they_are_compared_by_themselves():
-    other = define(NOTEBOOK.replace("sigma: float = 0.25", "sigma: float = 0.5"))
-    assert dataclasses.astuple(other) == (0.5,)
-
-
-def test_another_process_finds_the_same_digest(tmp_path):
-    (tmp_path / "notebook.py").write_text(NOTEBOOK)
-    code = textwrap.dedent(
-        """
-        from ae_jax import registry
-        print(registry.digest_code(registry.find_class("o", {}, "notebook:Mine")()))
-        """
-    )
-    digests = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={
-                **os.environ,
-                "PYTHONHASHSEED": seed,
-                "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
-            },
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert len(set(digests)) == 1
-
-
-def test_a_class_of_ours_passed_by_subclass_is_ones_own():
+def test_a_subclass_of_one_of_ours_is_ones_own():
     source = "from ae_jax.models.dense import Autoencoder\nclass Mine(Autoencoder):\n"
-    one, other = (
-        registry.digest_code(define(f"{source}    extra = {i}\n")) for i in (1, 2)
-    )
-    assert one != other
-    assert isinstance(define(f"{source}    extra = 1\n"), Autoencoder)
+    one, other = (f"{source}    extra = {i}\n" for i in (1, 2))
+    assert digest(one) != digest(other)
+    name = registry.name_of(config.REGISTRIES["model"], define(one))
+    assert name == "notebook:Mine"
