@@ -1,56 +1,60 @@
 """Configs: JSON and back, what is refused by name, what may change on resume."""
 
+import contextlib
 import dataclasses
-import itertools
 import json
-import types
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import get_args, get_type_hints
 
+import pydantic
 import pytest
-from hypothesis import given, reject
-from hypothesis import strategies as st
 
 from ae_jax import config, data, registry
-from ae_jax.config import REGISTRIES, CheckpointConfig, Config, TrainConfig
+from ae_jax.config import (
+    REGISTRIES,
+    CheckpointConfig,
+    Config,
+    FiguresConfig,
+    MeshConfig,
+    TrainConfig,
+)
 from ae_jax.errors import UserError
 from ae_jax.models.conv import ConvAutoencoder
 from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Denoising, Reconstruction
 
-# --- Every config that can be made of the registries ----------------------------------
+# --- Every class of the registries, and every field -----------------------------------
 
-COMBINATIONS = list(
-    itertools.product(*(known.values() for known in REGISTRIES.values()))
-)
+COMBINATIONS = [
+    {
+        section: [*known.values()][i % len(known)]()
+        for section, known in REGISTRIES.items()
+    }
+    for i in range(max(map(len, REGISTRIES.values())))
+]
+"""Each class in one of them at least."""
 
 
-def default(combination) -> Config:
-    return Config(**{k: cls() for k, cls in zip(REGISTRIES, combination, strict=True)})
+@pytest.fixture(params=COMBINATIONS, ids=lambda made: type(made["data"]).__name__)
+def run(request):
+    """A config to change fields of, in which any one of them may be changed."""
+    made = Config(**request.param, distributed=True, num_processes=3)
+    return changed(made, "data.num_validation", 7)
 
 
-def another(hint: Any, value: Any) -> Any:
+def another(hint, value):
     """A value of the type, other than the one given."""
-    args = get_args(hint)
-    if hasattr(hint, "__metadata__"):
-        return another(args[0], value)
-    if get_origin(hint) is Literal:
-        return next(arg for arg in args if arg != value)
-    if isinstance(hint, types.UnionType) or type(None) in args:
-        kinds = [arg for arg in args if arg is not type(None)]
-        return another(kinds[0], value) if value is None else None
-    if hint is bool:
-        return not value
-    if get_origin(hint) is tuple:
-        return (*value, 2, 1)
-    if hint is Path:
-        return Path("else/where")
-    if hint is str:
-        return "localhost:1234"
-    return {int: (value or 0) + 1, float: (value or 0.0) + 0.125}[hint]
+    number = value if isinstance(value, int | float) else 0
+    likely = (*get_args(hint), not value, number + 1, number + 0.125, (2, 1))
+    for other in (*likely, Path("else/where"), "localhost:1234"):
+        with contextlib.suppress(pydantic.ValidationError):
+            pydantic.TypeAdapter(hint).validate_python(other, strict=True)
+            if other != value:
+                return other
+    raise AssertionError(f"no other {hint} comes to mind")
 
 
-def fields_of(part: Any, prefix: str = "") -> dict[str, Any]:
+def fields_of(part, prefix=""):
     """Each option by its dotted path, and another value for it."""
     hints, found = get_type_hints(type(part), include_extras=True), {}
     for field in dataclasses.fields(part):
@@ -62,29 +66,24 @@ def fields_of(part: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def changed(part: Any, path: str, value: Any) -> Any:
+def changed(part, path, value):
     """A config with one option changed."""
     name, _, rest = path.partition(".")
     value = changed(getattr(part, name), rest, value) if rest else value
     return dataclasses.replace(part, **{name: value})
 
 
-@given(st.data())
-def test_json_and_back_is_the_identity(data):
-    made = default(data.draw(st.sampled_from(COMBINATIONS)))
-    other = fields_of(made)
-    try:
-        for path in data.draw(st.lists(st.sampled_from(sorted(other)), unique=True)):
-            made = changed(made, path, other[path])
-    except ValueError:  # some options go only with others
-        reject()
-    plain = json.loads(json.dumps(config.to_json(made)))
-    assert config.from_json(Config, plain) == made
-    flat = config.flatten(plain)
-    assert set(flat) == {*other, *(f"{section}.name" for section in REGISTRIES)}
-    known = {k: v for k, v in plain.items() if k != "train"}
-    rest = config.from_json(Config, known)  # as of an older version, without it
-    assert rest == dataclasses.replace(made, train=TrainConfig())
+def test_json_and_back_is_the_identity(run):
+    others = fields_of(run)
+    for path in sorted(others.keys() - {"distributed"}):  # which the processes need
+        run = changed(run, path, others[path])
+    plain = json.loads(json.dumps(config.to_json(run)))
+    assert config.from_json(Config, plain) == run
+    names = {f"{section}.name" for section in REGISTRIES}
+    assert set(config.flatten(plain)) == names | set(others)
+    del plain["train"]  # as of an older version
+    rest = config.from_json(Config, {**plain, "mesh": {}})
+    assert rest == dataclasses.replace(run, train=TrainConfig(), mesh=MeshConfig())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,13 +100,14 @@ def test_classes_of_ones_own_go_through_json_as_module_and_class():
     made = Config(data=Blobs(num=5))
     plain = config.to_json(made)
     assert plain["data"] == {"name": f"{__name__}:Blobs", "num": 5}
-    assert config.from_json(Config, json.loads(json.dumps(plain))) == made
-    local = dataclasses.make_dataclass("Local", ["n"], namespace={"load": None})
-    plain["data"]["name"] = f"{__name__}:{local.__name__}"
-    with pytest.raises(
-        UserError, match=r"cannot import .*:Local.*define it there first"
-    ):
-        config.from_json(Config, plain)
+    assert config.from_json(Config, plain) == made
+    gone = {"data": {"name": f"{__name__}:Gone"}}
+    with pytest.raises(UserError, match=r"cannot import .*:Gone: .*define it there"):
+        config.from_json(Config, gone)
+    local = dataclasses.make_dataclass("Gone", [], namespace={"load": None})
+    local.__module__ = __name__  # where it cannot be found, as a notebook's
+    like = Config(data=local())
+    assert config.from_json(Config, gone, like=like) == like
 
 
 def test_an_unknown_objective_or_data_set_is_carried_along_and_a_model_is_not():
@@ -129,100 +129,82 @@ def test_an_unknown_objective_or_data_set_is_carried_along_and_a_model_is_not():
 WRONG_JSON = [
     ({"train": {"num_epoch": 3}}, r"train\.num_epoch: no such .* mean num_epochs\?"),
     ({"trian": {}}, r"trian: no such field \(did you mean train\?\)"),
-    ({"train": {"num_epochs": "ten"}}, r"train\.num_epochs: .* integer, got 'ten'"),
     ({"train": {"num_epochs": "10"}}, r"train\.num_epochs: .* integer, got '10'"),
-    ({"train": {"num_epochs": 2.5}}, r"train\.num_epochs: .* integer, got 2\.5"),
     ({"train": {"num_epochs": True}}, r"train\.num_epochs: .* integer, got True"),
     ({"train": {"num_epochs": 0}}, r"train\.num_epochs: .* greater than 0, got 0"),
-    ({"train": {"schedule": "step"}}, r"train\.schedule: .* or 'cosine', got 'step'"),
     ({"train": {"learning_rate": float("nan")}}, r"train\.learning_rate: .* finite"),
+    ({"train": {"patience": 2}}, r"train\.patience: needs a held-out part"),
     ({"train": 3}, r"train: must be an object, got 3"),
     ({"model": 3}, r'model: must be an object with a "name", got 3'),
     ({"model": {}}, r'model: must be an object with a "name"'),
     ({"model": {"name": "cnov"}}, r"model\.name: there is no cnov \(did you mean conv"),
-    ({"model": {"name": "conv", "hidden": 8}}, r"model\.hidden: .* array, got 8"),
-    (
-        {"model": {"name": "conv", "hidden": [8, "a"]}},
-        r"model\.hidden\.1: .* integer, got 'a'",
-    ),
-    (
-        {"objective": {"name": "denoising", "loss": "mse"}},
-        r"objective\.loss: no such field; known are: sigma",
-    ),
-    ({"objective": {"name": "denoising", "sigma": -1}}, r"objective\.sigma: .* -1"),
+    ({"model": {"name": "conv", "hidden": [8, "a"]}}, r"model\.hidden\.1: .* got 'a'"),
+    ({"objective": {"name": "denoising", "loss": 1}}, r"objective\.loss: .* known are"),
     ({"data": {"name": "mnist", "dir": None}}, r"data\.dir: .* got None"),
-    ({"data": {"name": "folder", "channels": 2}}, r"data\.channels: .* got 2"),
-    ({"train": {"patience": 2}}, r"train\.patience: needs a held-out part"),
     ([], "config: must be an object"),
 ]
 
 
-@pytest.mark.parametrize(("plain", "told"), WRONG_JSON, ids=str)
-def test_a_wrong_value_in_a_file_is_named_by_its_path_in_one_line(plain, told):
-    with pytest.raises(UserError, match=f"^f.json: {told}.*; fix the file$") as caught:
+@pytest.mark.parametrize(("plain", "message"), WRONG_JSON, ids=str)
+def test_a_wrong_value_in_a_file_is_named_by_its_path_in_one_line(plain, message):
+    expected = f"^f.json: {message}.*; fix the file$"
+    with pytest.raises(UserError, match=expected) as caught:
         config.from_json(Config, plain, "f.json")
     assert "\n" not in str(caught.value)
 
 
+NAN, INF = float("nan"), float("inf")
 OUT_OF_RANGE = [
-    (TrainConfig, "num_epochs", 0),
-    (TrainConfig, "batch_size", -1),
-    (TrainConfig, "learning_rate", 0.0),
-    (TrainConfig, "learning_rate", float("nan")),
-    (TrainConfig, "learning_rate", float("inf")),
-    (TrainConfig, "warmup_steps", -1),
-    (TrainConfig, "weight_decay", -0.1),
-    (TrainConfig, "clip_norm", 0.0),
-    (TrainConfig, "patience", 0),
-    (TrainConfig, "seed", -1),
-    (TrainConfig, "seed", 2**32),
-    (TrainConfig, "precision", "float16"),
-    (Autoencoder, "hidden", (128, 0)),
-    (Autoencoder, "latent_dim", 0),
-    (ConvAutoencoder, "latent_activation", "relo"),
-    (Reconstruction, "loss", "mae"),
-    (Denoising, "sigma", -0.1),
-    (Denoising, "sigma", float("inf")),
-    (data.Digits, "num_validation", -1),
-    (CheckpointConfig, "every_steps", -1),
-    (CheckpointConfig, "keep", 0),
-    (config.FiguresConfig, "epochs", (0,)),
-    (config.MeshConfig, "data", 0),
+    (TrainConfig, {"num_epochs": 0, "batch_size": -1, "learning_rate": 0.0}),
+    (TrainConfig, {"learning_rate": NAN, "warmup_steps": -1, "weight_decay": -0.1}),
+    (TrainConfig, {"learning_rate": INF, "clip_norm": 0.0, "patience": 0, "seed": -1}),
+    (TrainConfig, {"seed": 2**32, "precision": "float16"}),
+    (CheckpointConfig, {"every_steps": -1, "keep": 0}),
+    (FiguresConfig, {"epochs": (0,)}),
+    (MeshConfig, {"data": 0}),
+    (data.Digits, {"num_validation": -1}),
+    (data.Folder, {"test_share": 1.0, "channels": 2, "image_size": 0}),
+    (data.Npz, {"test_share": NAN, "split_seed": -1}),
+    (Autoencoder, {"hidden": (128, 0), "latent_dim": 0}),
+    (ConvAutoencoder, {"latent_activation": "relo"}),
+    (Reconstruction, {"loss": "mae"}),
+    (Denoising, {"sigma": -0.1}),
+    (Denoising, {"sigma": INF}),
 ]
 
 
-@pytest.mark.parametrize(("cls", "name", "value"), OUT_OF_RANGE)
-def test_a_value_out_of_range_is_refused_by_its_name(cls, name, value):
-    with pytest.raises(ValueError, match=rf"^{name}(\.\d)?: input should be .*got "):
-        cls(**{name: value})
+@pytest.mark.parametrize(("cls", "values"), OUT_OF_RANGE)
+def test_each_value_out_of_range_is_refused_by_its_name(cls, values):
+    with pytest.raises(ValueError, match=r"input should be .*got ") as caught:
+        cls(**values)
+    wrong = [part.partition(":")[0] for part in str(caught.value).split("; ")]
+    assert {name.partition(".")[0] for name in wrong} == set(values)
 
 
 @pytest.mark.parametrize(
-    ("told", "options"),
+    ("options", "message"),
     [
-        (r"^train\.patience: needs a held-out", {"train": TrainConfig(patience=2)}),
-        (r"^mesh\.data: 3 devices cannot share", {"mesh": config.MeshConfig(3)}),
-        ("^process_id: only with --distributed", {"process_id": 1}),
-        ("HOST:PORT, got here", {"distributed": True, "coordinator": "here"}),
-        ("HOST:PORT", {"distributed": True, "coordinator": "host:99999"}),
+        ({"train": TrainConfig(patience=2)}, r"^train\.patience: needs a held-out"),
+        ({"mesh": MeshConfig(3)}, r"^mesh\.data: 3 devices cannot share"),
+        ({"process_id": 1}, "^process_id: only with --distributed"),
+        ({"distributed": True, "coordinator": "here"}, "HOST:PORT, got here"),
+        ({"distributed": True, "coordinator": "host:99999"}, "HOST:PORT"),
         (
-            "^process_id: must be below num_processes, got 2",
             {"distributed": True, "num_processes": 2, "process_id": 2},
+            "^process_id: must be below num_processes, got 2",
         ),
-        ("^model: must be an instance .* with make, such as Auto", {"model": "conv"}),
-        ("^model: must be an instance", {"model": Autoencoder}),
-        ("^objective: .* with __call__", {"objective": Autoencoder()}),
-        ("^data: .* with load", {"data": Reconstruction()}),
+        ({"model": "conv"}, "^model: must be an instance .* with make, such as Auto"),
+        ({"model": Autoencoder}, "^model: must be an instance"),
+        ({"objective": Autoencoder()}, "^objective: .* with __call__"),
+        ({"data": Reconstruction()}, "^data: .* with load"),
     ],
 )
-def test_what_does_not_go_together_is_refused(told, options):
-    with pytest.raises(ValueError, match=told):
+def test_what_does_not_go_together_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         Config(**options)
 
 
-def test_a_file_may_be_bare_or_a_runs_config_json_and_is_named_if_it_is_neither(
-    tmp_path,
-):
+def test_a_file_holds_a_config_or_is_a_runs_config_json_or_is_named(tmp_path):
     path, made = tmp_path / "c.json", Config(train=TrainConfig(seed=9))
     for plain in (config.to_json(made), {"format": 2, "config": config.to_json(made)}):
         path.write_text(json.dumps(plain))
@@ -245,11 +227,7 @@ FREE = {
 """What the contract lets a resumed run change."""
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS[:: len(COMBINATIONS) // 5 or 1])
-def test_what_is_free_may_change_and_any_other_field_is_refused_by_name(combination):
-    run = default(combination)
-    run = dataclasses.replace(run, distributed=True, num_processes=3)
-    run = changed(run, "data.num_validation", 7)
+def test_what_is_free_may_change_and_any_other_field_is_refused_by_name(run):
     for path, value in fields_of(run).items():
         if path == "distributed":  # only without the others of its kind
             asked = dataclasses.replace(run, distributed=False, num_processes=None)
@@ -258,30 +236,30 @@ def test_what_is_free_may_change_and_any_other_field_is_refused_by_name(combinat
         assert config.diff(run, asked)
         if path in FREE or path == "train.num_epochs":
             config.check_same_run(run, asked)
-        else:
-            flat = (config.flatten(config.to_json(c))[path] for c in (run, asked))
-            told = "{}: the run has {}, you asked for {}. Choose another --run-dir"
-            with pytest.raises(UserError) as caught:
-                config.check_same_run(run, asked)
-            assert told.format(path, *flat) in str(caught.value)
+            continue
+        ours, theirs = (config.flatten(config.to_json(c))[path] for c in (run, asked))
+        with pytest.raises(UserError) as caught:
+            config.check_same_run(run, asked)
+        message = f"{path}: the run has {ours}, you asked for {theirs}. Choose another"
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("run", "asked", "allowed"),
+    ("had", "asked", "schedule", "allowed"),
     [
-        ({"num_epochs": 3}, {"num_epochs": 4}, True),
-        ({"num_epochs": 3}, {"num_epochs": 2}, False),
-        (
-            {"num_epochs": 3, "schedule": "cosine"},
-            {"num_epochs": 4, "schedule": "cosine"},
-            False,
-        ),
-        ({"num_epochs": 3, "schedule": "cosine"}, {"num_epochs": 4}, False),
+        (3, 4, "constant", True),
+        (3, 2, "constant", False),
+        (3, 4, "cosine", False),
     ],
 )
-def test_epochs_may_be_raised_under_a_constant_rate_alone(run, asked, allowed):
-    run, asked = (Config(train=TrainConfig(**options)) for options in (run, asked))
-    assert bool(config.differences_that_matter(run, asked)) != allowed
+def test_epochs_may_be_raised_under_a_constant_rate_alone(
+    had, asked, schedule, allowed
+):
+    run, more = (
+        Config(train=TrainConfig(num_epochs=num_epochs, schedule=schedule))
+        for num_epochs in (had, asked)
+    )
+    assert bool(config.differences_that_matter(run, more)) != allowed
 
 
 def test_every_difference_is_listed_and_of_another_class_the_name():
@@ -289,11 +267,11 @@ def test_every_difference_is_listed_and_of_another_class_the_name():
     asked = Config(objective=Denoising(), train=TrainConfig(seed=5, batch_size=32))
     with pytest.raises(UserError) as caught:
         config.check_same_run(run, asked)
-    for told in (
+    for message in (
         "runs/run holds another run: ",
         "train.seed: the run has 4, you asked for 5",
         "train.batch_size: the run has 64, you asked for 32",
         "objective.name: the run has reconstruction, you asked for denoising",
     ):
-        assert told in str(caught.value)
+        assert message in str(caught.value)
     assert "objective.sigma" not in str(caught.value)  # follows from the name

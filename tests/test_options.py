@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import inspect
 import pickle
-import re
 from typing import Literal
 
 import pytest
@@ -37,22 +36,17 @@ def test_options_are_a_frozen_dataclass_with_values_of_their_types():
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"count": 0}, "count: input should be greater than 0, got 0"),
-        ({"widths": (5, -1)}, "widths.1: input should be greater than 0, got -1"),
+        ({"widths": (5, -1)}, r"widths\.1: input should be greater than 0, got -1"),
         ({"kind": "c"}, "kind: input should be 'a' or 'b', got 'c'"),
-        ({"cuont": 3}, "cuont: unexpected keyword argument, got 3"),
         ({"count": 13}, "count: brings bad luck, got 13"),
-        (
-            {"count": 0, "kind": 1},
-            "count: input should be greater than 0, got 0; "
-            "kind: input should be 'a' or 'b', got 1",
-        ),
+        ({"count": -2, "cuont": 3}, "count: .* got -2; cuont: unexpected .* got 3"),
     ],
 )
-def test_a_wrong_value_is_named_in_one_line_whoever_makes_it(values, told):
-    with pytest.raises(ValueError, match=rf"^{re.escape(told)}$"):
+def test_each_wrong_value_is_named_in_one_line_whoever_makes_it(values, message):
+    with pytest.raises(ValueError, match=rf"^{message}$"):
         Mine(**values)
 
 
