@@ -147,21 +147,13 @@ def test_a_wrong_option_ends_with_status_2_and_says_why(args, message, capsys):
     assert message in shown(capsys, *args)
 
 
-def test_a_wrong_name_is_one_line():
-    with pytest.raises(UserError, match=r"^model\.name: there is no cnov \(did you me"):
-        parse("--model.name", "cnov")
-
-
 def test_help_explains_presets_names_and_options(capsys):
     text = shown(capsys, "--preset", "quick", "--help", status=0)
     for part in (
         "What it does.",
         "--preset {reference,quick,elsewhere} chooses the values that the options",
         "(default: reference)",
-        "--config FILE.json takes them from a file",
         "--objective.name {reconstruction,denoising} (now: reconstruction)",
-        "(now: digits)",
-        "--train.num-epochs",
         "Passes over the training split",
         "(default: 2)",
     ):

@@ -245,19 +245,13 @@ def test_what_is_free_may_change_and_any_other_field_is_refused_by_name(run):
 
 
 @pytest.mark.parametrize(
-    ("had", "asked", "schedule", "allowed"),
-    [
-        (3, 4, "constant", True),
-        (3, 2, "constant", False),
-        (3, 4, "cosine", False),
-    ],
+    ("asked", "schedule", "allowed"),
+    [(4, "constant", True), (2, "constant", False), (4, "cosine", False)],
 )
-def test_epochs_may_be_raised_under_a_constant_rate_alone(
-    had, asked, schedule, allowed
-):
+def test_epochs_may_be_raised_under_a_constant_rate_alone(asked, schedule, allowed):
     run, more = (
         Config(train=TrainConfig(num_epochs=num_epochs, schedule=schedule))
-        for num_epochs in (had, asked)
+        for num_epochs in (3, asked)
     )
     assert bool(config.differences_that_matter(run, more)) != allowed
 
