@@ -371,6 +371,9 @@ def test_a_file_is_known_by_its_own_hash_or_by_that_of_its_content(tiny, monkeyp
         data.load(other)
     publish(monkeypatch, "http://unused/", gz)
     assert data.load(other).source == "directory"
+    write_idx(tiny.source / FILES[3], np.zeros(10, np.uint8))  # it goes before the .gz
+    with pytest.raises(UserError, match=f"{FILES[3]} is not the published file"):
+        data.load(replace(tiny, dir=tiny.dir / "third"))
 
 
 # Downloads

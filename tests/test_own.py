@@ -354,11 +354,11 @@ def test_a_source_must_be_given():
 
 @pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
 def test_a_file_is_unpacked_once_into_what_it_is_in_memory(tmp_path, capfd, write):
-    pixels, labels = noise(30, 3, 4), np.arange(30)
+    pixels, named = noise(30, 3, 4), {"labels": np.arange(30), "other": np.zeros(3)}
     for name, arrays in (
-        ("a.npz", {"images": pixels, "labels": labels, "other": labels}),
-        ("a.npz", {"images": pixels[::-1], "labels": labels}),  # written again
-        ("b.npz", {"images": pixels, "labels": labels}),  # of the same age and size
+        ("a.npz", {"images": pixels, **named}),
+        ("a.npz", {"images": pixels[::-1], **named}),  # written again
+        ("b.npz", {"images": pixels, **named}),  # of the same age and size
         ("c.npz", {"train_images": pixels, "test_images": pixels[:4, ...]}),
     ):
         path = tmp_path / name
