@@ -715,9 +715,9 @@ def test_the_second_of_two_waits_and_uses_what_the_first_prepared_if_it_could(
         assert first.stdout.readline() == "reached\n"
         monkeypatch.setattr(stored, "say", say)
         dataset = data.load(tiny)
+        out, err = first.communicate(timeout=60)
     finally:
         first.kill()
-        out, err = first.communicate(timeout=60)
     assert said == ["waiting for another process that prepares kmnist …"]
     preparing = "preparing kmnist (once) …\n"
     again, source = (preparing, "directory") if end == "killed" else ("", "prepared")
