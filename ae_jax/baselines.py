@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 BLOCK = 256
-"""Images read at once; no more, or the sums of :func:`_second_moment` are not exact."""
+"""Images read at once; no more, or the sums of ``_second_moment`` are not exact."""
 
 MAX_PIXELS = 4096
 """Most values of an image whose covariance is worth making: at twice as many it takes

@@ -155,7 +155,7 @@ def mean_metrics(per_image: Mapping[str, Float[np.ndarray, "N"]]) -> dict[str, f
         per_image: scores of each image by name, as :func:`per_image_metrics` has them.
 
     Returns:
-        The mean of each: as ``mse`` the mean over all pixels of all images, as
+        The mean of each. As ``mse`` it is the mean over all pixels of all images, as
         ``psnr_db`` the mean of the images' own PSNR (not the PSNR of the mean). The
         sums are rounded once, so the order of the images changes no bit of them.
 

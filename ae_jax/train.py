@@ -123,9 +123,9 @@ def make_train_chunk(
     """Many steps in one program, with their images on the device.
 
     Returns:
-        ``chunk(state, block, stop) -> state``: steps ``state.step`` up to ``stop``, all
-        in the block, pixels of ``dtype``; to be jitted, its state donated. Bounds are
-        traced: any split of an epoch runs the same program and gives the same bits.
+        ``chunk(state, block, stop) -> state`` does steps ``state.step`` up to ``stop``,
+        all in the block, pixels of ``dtype``; to be jitted, its state donated. Bounds
+        are traced: any split of an epoch runs the same program and gives the same bits.
     """
 
     def chunk(state: TrainState, block: Block, stop: Any) -> TrainState:

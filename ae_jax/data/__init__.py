@@ -136,8 +136,8 @@ def load(dataset: Any) -> Dataset:
         dataset: an instance of a class in DATASETS, or of any with ``load()``.
 
     Returns:
-        The splits in their stored order, which for tfds's sets is tfds's own: shuffled
-        by a hash of each image's number, the same on every machine.
+        The splits in their stored order. That of tfds's sets is tfds's own, shuffled by
+        a hash of each image's number, the same on every machine.
 
     Raises:
         UserError: arrays of another form; labels that do not exist; too many images

@@ -1,9 +1,9 @@
 """The networks, by name: a class whose fields are the options, and which makes one.
 
-``make(shape, precision)`` gives a Linen module that maps images [*B, H, W, C], pixels
-in [0, 1], to a reconstruction of the same shape; one with a latent [*B, K] has the
-methods ``encode``, ``decode`` and ``logits`` (``decode`` before the sigmoid). All its
-state is in its parameters. To add one: write the two classes and add a line to
+``make(shape, precision)`` gives a Linen module that maps images ``[*B, H, W, C]``,
+pixels in [0, 1], to a reconstruction of the same shape; one with a latent ``[*B, K]``
+has the methods ``encode``, ``decode`` and ``logits`` (``decode`` before the sigmoid).
+All its state is in its parameters. To add one: write the two classes and add a line to
 :data:`MODELS`.
 """
 

@@ -85,7 +85,7 @@ def compare_arrays(ours: StateDict, theirs: StateDict) -> list[dict[str, Any]]:
 def relative_losses(
     ours: Float[np.ndarray, " T"], theirs: Float[np.ndarray, " T"]
 ) -> Float[np.ndarray, " T"]:
-    """|a − b| / |b| of each batch's loss."""
+    """``|a − b| / |b|`` of each batch's loss."""
     return np.asarray(np.abs(ours - theirs) / np.abs(theirs))
 
 

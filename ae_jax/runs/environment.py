@@ -18,6 +18,7 @@ import pydantic
 from ae_jax import __version__
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+"""Those whose versions decide on the bits, or may."""
 
 
 class Environment(pydantic.BaseModel):

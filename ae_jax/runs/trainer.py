@@ -37,7 +37,15 @@ from ae_jax.train import Plan, TrainState, fit
 def train_run(settings: Config, experiment: str = "run", started: float = 0.0) -> Run:
     """Train the run of a config in its folder, resume it, or find it finished.
 
-    Args, errors and signals as of :func:`train_runs`.
+    Errors and signals are those of :func:`train_runs`.
+
+    Args:
+        settings: the run's options; its ``run_dir`` is the folder.
+        experiment: name, as in ``python -m experiments.NAME``.
+        started: the ``time.monotonic()`` from which its time counts; 0: now.
+
+    Returns:
+        The run, opened at its newest checkpoint.
     """
     return train_runs([settings], experiment, started=started)[0]
 
