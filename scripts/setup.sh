@@ -1,5 +1,5 @@
-# Sourced by reproduce and test, which first go to the project's folder: makes .venv and
-# installs the project with the extras in $extras, unless that was done already.
+# Sourced by reproduce, test and docs, which first go to the project's folder: makes
+# .venv and installs the project with the extras in $extras, unless that was done.
 # shellcheck shell=sh disable=SC2154
 
 python=${PYTHON:-python3}
