@@ -1,6 +1,10 @@
-"""What the documents show as Python runs, in the order of the page, and holds."""
+"""What the documents show as Python runs and holds, and the site of them is whole."""
 
+import importlib.util
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -29,3 +33,70 @@ def test_the_snippets_of_a_page_are_one_program_that_runs(page, tmp_path, monkey
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+# --- The site -----------------------------------------------------------------------
+
+
+def build(source, out):
+    """Sphinx as scripts/docs calls it: its status, and what it had to say."""
+    if not importlib.util.find_spec("myst_nb"):
+        install = ".venv/bin/pip install -c constraints.txt -e '.[docs]'"
+        pytest.exit(f"error: no packages to build the docs with: {install}", 2)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sphinx", "-q", "-E", "-W", "--keep-going"),
+            *("-c", ROOT / "docs", source, out),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    colour = r"\x1b\[[\d;]*m"
+    return done.returncode, re.sub(colour, "", done.stdout + done.stderr)
+
+
+def test_the_site_is_built_from_every_page_and_notebook(tmp_path):
+    status, said = build(ROOT / "docs", tmp_path / "html")
+    assert status == 0, said
+    pages = {path.stem for path in (tmp_path / "html").glob("*.html")}
+    assert pages >= {page.stem for page in PAGES}
+    tour = (tmp_path / "html" / "tour.html").read_text()
+    assert tour.count('<img alt="_images') == 7
+    index = (tmp_path / "html" / "index.html").read_text()
+    result = ROOT / "experiments" / "results" / "benchmark.json"
+    speed = json.loads(result.read_text())["headline"]["speed_ratio_item_by_item"]
+    assert f"{speed:.1f} times as long" in index
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[gone](gone.md)", "gone.md"),
+        ("```{eval-rst}\n:func:`ae_jax.fitt`\n```", "ae_jax.fitt"),
+        ("```{code-cell}\nraise ValueError(6 * 7)\n```", "ValueError: 42"),
+    ],
+    ids=["link", "reference", "notebook"],
+)
+def test_a_broken_page_fails_the_build(tmp_path, text, told):
+    head = "---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n# Page\n"
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "index.md").write_text(head + text)
+    status, said = build(tmp_path / "source", tmp_path / "html")
+    assert status != 0
+    assert told in said
+
+
+def test_every_module_is_in_the_reference():
+    pages = (ROOT / "docs" / "api").glob("*.rst")
+    listed = [
+        name
+        for page in pages
+        for name in re.findall(r"^\.\. automodule:: ([\w.]+)$", page.read_text(), re.M)
+    ]
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "ae_jax").rglob("*.py")
+        if len(path.read_text().splitlines()) > 1  # an empty package's is its docstring
+    }
+    assert sorted(listed) == sorted(modules - {"ae_jax"})
