@@ -19,7 +19,7 @@ if ! [ -x .venv/bin/python ]; then
         fail "cannot make .venv; install Python's venv module (Debian: apt install python3-venv), and delete .venv"
 fi
 
-# What was installed is remembered by what decides it, so that a change installs anew.
+# What was installed is remembered by what decides it, so that a change installs again.
 wanted="$extras $(cksum pyproject.toml constraints.txt)"
 stamp=".venv/installed-${extras:-plain}"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then

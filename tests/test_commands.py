@@ -2,7 +2,11 @@
 
 import ast
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -172,3 +176,37 @@ def test_a_signal_while_the_command_still_imports_ends_it(seconds, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_set_up_installs_once_and_again_when_what_decides_it_changes(tmp_path):
+    """In a project whose Python only notes what it is asked for."""
+    for name in ("scripts/setup.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python, calls = tmp_path / ".venv" / "bin" / "python", tmp_path / "calls"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
+    python.chmod(0o755)
+
+    def installs(extras):
+        calls.write_text("")
+        subprocess.run(
+            ["sh", "-euc", f"extras={extras}; . scripts/setup.sh"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHON": sys.executable},
+            capture_output=True,
+            check=True,
+        )
+        return [
+            "--constraint constraints.txt" in line
+            for line in calls.read_text().splitlines()
+        ]
+
+    assert installs("") == [True]
+    assert installs("") == []
+    assert installs("test") == [True]
+    for name in ("pyproject.toml", "constraints.txt"):
+        with (tmp_path / name).open("a") as file:
+            file.write("# another\n")
+        assert installs("test") == [True]
+        assert installs("test") == []
