@@ -194,7 +194,7 @@ def test_each_value_out_of_range_is_refused_by_its_name(cls, values):
             "^process_id: must be below num_processes, got 2",
         ),
         ({"model": "conv"}, "^model: must be an instance .* with make, such as Auto"),
-        ({"model": Autoencoder}, "^model: must be an instance"),
+        ({"objective": Reconstruction}, "^objective: must be an instance"),
         ({"objective": Autoencoder()}, "^objective: .* with __call__"),
         ({"data": Reconstruction()}, "^data: .* with load"),
     ],

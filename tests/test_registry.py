@@ -118,7 +118,7 @@ class Mine(Base):
 """
 CHANGES = {
     "a constant of a method": ("self.sigma * 8", "self.sigma * 8.5"),
-    "what a method calls": ("self.inherited(x)", "self.doubled"),
+    "what a method calls": ("self.inherited(x)", "self.still(x)"),
     "the loss's name": ('"mine"', '"yours"'),
     "a class's list": ("[5, 7]", "[5, 8]"),
     "an inner function": ("y + 10", "y - 10"),
