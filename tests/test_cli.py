@@ -140,6 +140,7 @@ def test_a_class_of_ones_own_is_chosen_by_module_and_class(capsys):
         (["--model.latent-activation", "relo"], "'relo'"),
         (["--train.patience", "2"], "train.patience: needs a held-out part"),
         (["--preset", "quik"], "quick"),
+        (["--pre", "quick"], "--pre"),  # nothing is abbreviated
         (["--preset", "quick", "--config", "c.json"], "give one of them"),
     ],
 )

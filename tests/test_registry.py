@@ -107,7 +107,8 @@ class Mine(Base):
     def still(x, *, by=9):
         return x if x in {"ape", "bee", "cat", "dog", "elk", "fox", "gnu"} else by
 
-    def make(self, shape, precision):
+    @classmethod
+    def make(cls, shape, precision):
         return Net()
 
     def __call__(self, model, params, x, key):
