@@ -68,7 +68,7 @@ myst_substitutions = {
 nb_execution_mode = "force"
 nb_execution_in_temp = True
 nb_execution_show_tb = True
-nb_execution_timeout = 60
+nb_execution_timeout = 300  # of a cell, on a busy machine too
 nb_merge_streams = True
 
 # --- The reference, from docstrings ---------------------------------------------------
