@@ -71,13 +71,14 @@ def group_line(rows: list[EpochMetrics], seeds: list[int], num_epochs: int) -> s
 
 def score_table(summary: dict[str, Any], config: Config, remark: str | None) -> str:
     """The scores of a summary.json as a table, beside the baselines', and a remark."""
+    reconstructs = "test/psnr_db" in summary
+    below = ("test/mse", "test/psnr_db", "test/ssim") if reconstructs else ()
     lines = [
         f"{name:32}{summary[name]:10.5f}"
         for name in summary
-        if name.startswith(("train/", "test/"))
-        and name not in ("test/mse", "test/psnr_db", "test/ssim")
+        if name.startswith(("train/", "test/")) and name not in below
     ]
-    if "test/mse" in summary:
+    if reconstructs:
         pca = f"test, PCA of {getattr(config.model, 'latent_dim', '')} components"
         rows = {
             "test, reconstructed": "test/mse",
