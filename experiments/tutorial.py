@@ -7,14 +7,18 @@ reconstructions of some epochs, score the test split and look at its reconstruct
 from ae_jax import STARTED, cli
 from ae_jax.config import Config, FiguresConfig, TrainConfig
 from ae_jax.data import Digits
+from ae_jax.models.dense import Autoencoder
 
 PRESETS = {
     # The lowest seed whose run ends healthy, on the machine of the README's table.
     "reference": Config(train=TrainConfig(seed=3)),
+    # No unit of this latent can die: seeds 0 to 7 all end below PCA (test MSE 0.0435),
+    # between 0.032 and 0.035, in seconds.
     "quick": Config(
         data=Digits(),
-        train=TrainConfig(num_epochs=3),
-        figures=FiguresConfig(epochs=(1, 2, 3)),
+        model=Autoencoder(hidden=(64, 32), latent_activation="none"),
+        train=TrainConfig(num_epochs=40, learning_rate=3e-3),
+        figures=FiguresConfig(epochs=(1, 10, 40)),
     ),
 }
 
