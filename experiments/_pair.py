@@ -22,7 +22,6 @@ from ae_jax import devices, weights
 from ae_jax.config import TrainConfig
 from ae_jax.data import Dataset
 from ae_jax.keys import Purpose, key_for
-from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Reconstruction, batched
 from ae_jax.parity import lockstep
 from ae_jax.parity.lockstep import Snapshot
@@ -59,11 +58,17 @@ def precision(name: Precision) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Both sides of one config, on one data set."""
+    """Both sides of one config, on one data set.
 
-    model: Autoencoder
+    The counterpart is PyTorch's net, called with D, ``hidden`` and ``latent_dim``;
+    ``to_torch`` makes its state dict of our parameters, and of Adam's moments.
+    """
+
+    model: Any
     train: TrainConfig
     dataset: Dataset
+    counterpart: Callable[..., torch.nn.Module] = baseline.Autoencoder
+    to_torch: Callable[[Params], StateDict] = weights.to_torch
 
     def ours(self, images: Images, number_format: Precision = "float32") -> Program:
         """Our side, for training on some images."""
@@ -82,41 +87,36 @@ class Pair:
         orders = [batch_indices(key, e, len(images), size) for e in range(num_epochs)]
         return [np.asarray(order) for order in orders]
 
-    def theirs(self, state_dict: StateDict | None = None) -> baseline.Autoencoder:
-        """PyTorch's model with these weights, or with its own draw of them."""
+    def theirs(self, params: Params) -> Any:
+        """PyTorch's model with our parameters."""
         num_pixels = int(np.prod(self.dataset.shape))
-        sizes = self.model.hidden, self.model.latent_dim
-        model = baseline.Autoencoder(num_pixels, *sizes)
-        if state_dict is not None:
-            tensors = {name: torch.from_numpy(a) for name, a in state_dict.items()}
-            model.load_state_dict(tensors)
+        model = self.counterpart(num_pixels, self.model.hidden, self.model.latent_dim)
+        arrays = self.to_torch(params).items()
+        model.load_state_dict({name: torch.from_numpy(a) for name, a in arrays})
         return model
 
     def adam(self, model: torch.nn.Module) -> torch.optim.Optimizer:
         """PyTorch's optimiser of a model."""
         return torch.optim.Adam(model.parameters(), lr=self.train.learning_rate)
 
+    def our_epochs(
+        self, train_step: TrainStep, state: TrainState, images: Images, orders: Orders
+    ) -> Iterator[Snapshot]:
+        """Train our side for an epoch by each order [T, B], in train chunks.
 
-def our_epochs(
-    train_step: TrainStep, state: TrainState, images: Images, orders: Orders
-) -> Iterator[Snapshot]:
-    """Train our side for an epoch by each order [T, B], in train chunks.
-
-    The state is left as it is: a copy is trained.
-    """
-    dtype = jax.tree.leaves(state.params)[0].dtype
-    state = jax.tree.map(lambda leaf: leaf.copy(), state)
-    orders, step = list(orders), 0
-    chunk = devices.jit_chunk(make_train_chunk(train_step, len(orders[0]), dtype))
-    for order in orders:
-        block = Block(images, order, step, step + len(order))
-        step += len(order)
-        state = chunk(state, block, step)
-        mu, nu = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
-        yield Snapshot(
-            np.array(state.epoch_metrics["mse"])[: len(order)],
-            *map(weights.to_torch, (state.params, mu, nu)),
-        )
+        The state is left as it is: a copy is trained.
+        """
+        dtype = jax.tree.leaves(state.params)[0].dtype
+        state = jax.tree.map(lambda leaf: leaf.copy(), state)
+        orders, step = list(orders), 0
+        chunk = devices.jit_chunk(make_train_chunk(train_step, len(orders[0]), dtype))
+        for order in orders:
+            block = Block(images, order, step, step + len(order))
+            step += len(order)
+            state = chunk(state, block, step)
+            mu, nu = (optax.tree.get(state.opt_state, name) for name in ("mu", "nu"))
+            losses = np.array(state.epoch_metrics["mse"])[: len(order)]
+            yield Snapshot(losses, *map(self.to_torch, (state.params, mu, nu)))
 
 
 def their_epochs(
@@ -159,7 +159,7 @@ def compare_layers(pair: Pair, number_format: Precision) -> Row:
     with precision(number_format):
         ours = pair.ours(batch, number_format)
         params = jax.device_get(pair.first_state(ours).params)
-        model = pair.theirs(weights.to_torch(params))
+        model = pair.theirs(params)
         back = weights.to_linen(baseline.to_numpy(model.state_dict().items()))
         same = jax.tree.map(lambda a, b: a.tobytes() == b.tobytes(), params, back)
         x = scale(batch, np.dtype(number_format))
@@ -238,11 +238,11 @@ def follow(pair: Pair, images: Images, num_epochs: int) -> list[Row]:
         ours = pair.ours(images, "float64")
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, np.float64), start)
         state = ours.start_from(params, seed)
-        model = pair.theirs(weights.to_torch(params))
+        model = pair.theirs(params)
         orders = pair.orders(images, num_epochs)
         reconstruct = jax.jit(method_of(ours.model, "__call__"))
         sides = zip(
-            our_epochs(ours.train_step, state, images, orders),
+            pair.our_epochs(ours.train_step, state, images, orders),
             their_epochs(model, pair.adam(model), images, orders),
             strict=True,
         )
@@ -279,13 +279,13 @@ def measure_drift(pair: Pair, num_steps: int) -> dict[str, list[float]]:
 
     def theirs(num_threads: int) -> Float[np.ndarray, " T"]:
         torch.set_num_threads(num_threads)
-        model = pair.theirs(weights.to_torch(state.params))
+        model = pair.theirs(state.params)
         snapshot = next(their_epochs(model, pair.adam(model), images, [order]))
         torch.set_num_threads(1)
         return snapshot.losses
 
     with precision("float32"):
-        losses = next(our_epochs(ours.train_step, state, images, [order])).losses
+        losses = next(pair.our_epochs(ours.train_step, state, images, [order])).losses
     reference = theirs(1)
     runs = {"ours": losses, "threads": theirs(2)}
     return {

@@ -4,20 +4,22 @@ import contextlib
 import functools
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import torch
-from scipy import stats
+from conftest import random_like
+from torch.nn.functional import pad
 
 from ae_jax import data, weights
 from ae_jax.config import TrainConfig
-from ae_jax.devices import numerics
-from ae_jax.keys import Purpose, key_for
-from ae_jax.models import init_params
+from ae_jax.models import init_params, layers
+from ae_jax.models.conv import ConvAutoencoder, ConvNet
 from ae_jax.models.dense import Autoencoder
+from ae_jax.models.layers import downsample, upsample
 from ae_jax.objectives import Reconstruction, apply, batched, squared_error
 from ae_jax.parity import lockstep
 from ae_jax.train import make_optimizer, make_train_step, scale
@@ -28,59 +30,56 @@ pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 
 ATOL = lockstep.LIMITS["mini"]
 RATE = TrainConfig().learning_rate
-
-
-# --- The same numbers ----------------------------------------------------------------
+KEY = jax.random.key(0)
 
 
 class Lockstep:
-    """224 images of MNIST, three epochs of four batches, the last of 32, in float64."""
+    """Three epochs of four batches, the last one short, in float64."""
 
-    def __init__(self, mnist):
-        self.pair = sides.Pair(Autoencoder(), TrainConfig(), mnist)
-        self.images = sides.mini_images(self.pair)
+    def __init__(self, pair):
+        self.pair, self.images = pair, sides.mini_images(pair)
         with sides.precision("float64"):
-            self.side = self.pair.ours(self.images, "float64")
-            self.state = self.pair.first_state(self.side)
-            self.orders = self.pair.orders(self.images, 3)
-            model = self.pair.theirs(weights.to_torch(self.state.params))
-            adam = self.pair.adam(model)
-            self.theirs = list(
-                sides.their_epochs(model, adam, self.images, self.orders)
-            )
+            self.side = pair.ours(self.images, "float64")
+            shapes = jax.eval_shape(lambda: self.side.init(0)).params
+            self.state = self.side.start_from(random_like(shapes), 0)
+            self.orders = pair.orders(self.images, 3)
+            model = pair.theirs(self.state.params)
+            training = model, pair.adam(model), self.images, self.orders
+            self.theirs = list(sides.their_epochs(*training))
 
     def ours(self, train_step=None, state=None, orders=None):
+        train_step = train_step or self.side.train_step
+        training = train_step, state or self.state, self.images, orders or self.orders
         with sides.precision("float64"):
-            return list(
-                sides.our_epochs(
-                    train_step or self.side.train_step,
-                    state or self.state,
-                    self.images,
-                    orders or self.orders,
-                )
-            )
+            return list(self.pair.our_epochs(*training))
+
+    def apart(self, **changed):
+        return lockstep.max_difference(self.ours(**changed), self.theirs)
 
 
-@pytest.fixture(scope="module")
-def both(mnist):
-    return Lockstep(mnist)
-
-
-def test_training_is_pytorchs_to_rounding(both):
+def assert_same(both):
+    """They are as equal as float64 can be; only the bugs below need the limit."""
     assert [len(order) for order in both.orders] == [4, 4, 4]
-    assert (both.orders[0][-1] >= 0).sum() == 32
+    size = both.pair.train.batch_size
+    assert (both.orders[0][-1] >= 0).sum() == size // 2
     ours = both.ours()
-    # Only the mutants below need the limit; the truth is far under it.
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(both.state))
     assert lockstep.max_difference(ours, both.theirs) < ATOL / 10_000
     for a, b in zip(ours, both.theirs, strict=True):
         assert lockstep.differences(a, b)["loss_rel"] < 1e-13
-    # The running loss is the mean of the batches' means from before their updates.
-    with sides.precision("float64"):
-        model = both.pair.theirs(weights.to_torch(both.state.params))
-        rows = [torch.from_numpy(row[row >= 0]) for row in both.orders[0]]
-        batches = baseline.scaled_batches(torch.from_numpy(both.images), rows)
-        running, _ = baseline.train_epoch(model, both.pair.adam(model), batches)
-    np.testing.assert_allclose(ours[0].losses.mean(), running, rtol=1e-13)
+
+
+# --- The dense net -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both():
+    dataset = data.load(data.Digits())
+    return Lockstep(sides.Pair(Autoencoder(hidden=(16,)), TrainConfig(), dataset))
+
+
+def test_training_is_pytorchs_to_rounding(both):
+    assert_same(both)
 
 
 # Each bug changes what the lockstep runs: its train step, its state, its orders.
@@ -90,12 +89,10 @@ def with_tx(tx):
     """A bug in the optimiser."""
 
     def bug(both):
-        train_step = make_train_step(
-            batched(Reconstruction(), both.side.model), "mse", tx
-        )
+        losses = batched(Reconstruction(), both.side.model)
         opt_state = tx.init(both.state.params)
         state = both.state._replace(opt_state=opt_state)
-        return {"train_step": train_step, "state": state}
+        return {"train_step": make_train_step(losses, "mse", tx), "state": state}
 
     return bug
 
@@ -130,10 +127,8 @@ def times(factor):
 
 
 def no_relu_on_latent(net):
-    return batched(
-        Reconstruction(),
-        Autoencoder(latent_activation="none").make(net.shape, "float64"),
-    )
+    options = Autoencoder(hidden=net.options.hidden, latent_activation="none")
+    return batched(Reconstruction(), options.make(net.shape, "float64"))
 
 
 def in_single_precision(net):
@@ -143,7 +138,7 @@ def in_single_precision(net):
         return squared_error(recon.astype("float64"), x), {}
 
     of_one.loss_name = "mse"
-    return batched(of_one, Autoencoder().make(net.shape, "float32"))
+    return batched(of_one, net.options.make(net.shape, "float32"))
 
 
 def padding_counts(both):
@@ -167,7 +162,7 @@ BUGS = {
     "weight decay 1e-4": with_tx(make_optimizer(TrainConfig(weight_decay=1e-4), 12)[0]),
     "learning rate 1 % off": with_tx(optax.adam(1.01 * RATE)),
     "no ReLU on the latent": with_losses(no_relu_on_latent),
-    "sum instead of mean": with_losses(times(784)),
+    "sum instead of mean": with_losses(times(64)),
     "float32 inside": with_losses(in_single_precision),
     "short batch dropped": lambda both: {"orders": [o[:-1] for o in both.orders]},
     "short batch divided by 64": short_batch_over_64,
@@ -180,9 +175,9 @@ BUGS = {
 def test_lockstep_catches_the_bug(both, name):
     with sides.precision("float64"):
         changed = BUGS[name](both)
-    apart = lockstep.max_difference(both.ours(**changed), both.theirs)
+    apart = both.apart(**changed)
     assert math.isfinite(apart)
-    assert apart > 100 * ATOL, apart
+    assert apart > 10 * ATOL, apart
 
 
 def test_pixels_are_pytorchs_to_one_rounding():
@@ -198,11 +193,14 @@ def test_pixels_are_pytorchs_to_one_rounding():
 
 
 @pytest.mark.parametrize(
-    "options",
-    [Autoencoder(), Autoencoder(hidden=(5, 4), latent_dim=2), Autoencoder(hidden=())],
-    ids=lambda options: str(options.hidden),
+    ("options", "name", "atol"),
+    [
+        (Autoencoder(), "float32", 1e-6),
+        (Autoencoder(hidden=(5, 4), latent_dim=2), "float64", 1e-12),
+        (Autoencoder(hidden=()), "float64", 1e-12),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize(("name", "atol"), [("float32", 1e-6), ("float64", 1e-12)])
 def test_with_pytorchs_weights_the_model_is_pytorchs(options, name, atol):
     shape, sizes = (6, 5, 1), (options.hidden, options.latent_dim)
     x = np.random.default_rng(0).random((20, *shape)).astype(name)
@@ -211,82 +209,12 @@ def test_with_pytorchs_weights_the_model_is_pytorchs(options, name, atol):
         theirs = baseline.Autoencoder(30, *sizes)
         params = weights.to_linen(baseline.to_numpy(theirs.state_dict().items()))
         net = options.make(shape, name)
-        made = init_params(net, jax.random.key(0), shape, name)
+        made = jax.eval_shape(lambda: init_params(net, KEY, shape, name))
         assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, params)
         recon = np.asarray(jax.jit(functools.partial(apply, net))(params, x))
         target = theirs(torch.tensor(x).flatten(1)).numpy()
     assert recon.dtype == target.dtype == name
     np.testing.assert_allclose(recon.reshape(20, -1), target, rtol=0, atol=atol)
-
-
-def test_layers_and_gradients_are_pytorchs(both):
-    for name, limit in (("float64", 1e-13), ("float32", 1e-4)):
-        layers = sides.compare_layers(both.pair, name)
-        assert layers["exact"]
-        assert len(layers["forward"]) == 8
-        assert len(layers["gradient"]) == 16
-        for row in layers["forward"] + layers["gradient"]:
-            assert 0 <= row["nrel"] < limit, row
-
-
-# --- The same draws ------------------------------------------------------------------
-
-
-def initial_weights(init, num_seeds=12):
-    """Initial weights of one side, all seeds', by PyTorch's names, over 1/√fan_in."""
-    net = (
-        None
-        if init == "pytorch"
-        else Autoencoder(init=init).make((28, 28, 1), "float32")
-    )
-    ours = jax.jit(lambda key: init_params(net, key, (28, 28, 1), "float32"))
-    drawn = {}
-    for seed in range(num_seeds):
-        torch.manual_seed(seed)
-        if net:
-            tree = weights.to_torch(ours(key_for(seed, Purpose.INIT)))
-        else:
-            tree = baseline.to_numpy(baseline.Autoencoder().state_dict().items())
-        for name, array in tree.items():
-            fan_in = tree[f"{name.rpartition('.')[0]}.weight"].shape[1]
-            some = array.ravel()[:500]  # of each seed's: enough, and quick to sort
-            drawn.setdefault(name, []).append(some * fan_in**0.5)
-    return {name: np.concatenate(arrays) for name, arrays in drawn.items()}
-
-
-def test_initial_weights_have_pytorchs_distribution():
-    with numerics("float32"):
-        ours, theirs, flax = map(initial_weights, ("torch", "pytorch", "flax"))
-    assert list(ours) == list(theirs)
-    for name, expected in theirs.items():
-        assert np.abs(ours[name]).max() <= 1
-        assert stats.ks_2samp(ours[name], expected).pvalue > 1e-3, name
-        # Flax's own are told apart, in every kernel and every bias.
-        assert stats.ks_2samp(flax[name], expected).pvalue < 1e-4, name
-
-
-# --- The sides -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def small():
-    dataset = data.load(data.Digits())
-    return sides.Pair(Autoencoder(hidden=(16,)), TrainConfig(num_epochs=1), dataset)
-
-
-def test_our_side_leaves_the_state_that_it_starts_from(small):
-    images = small.dataset.train.images
-    side = small.ours(images)
-    state = small.first_state(side)
-    list(sides.our_epochs(side.train_step, state, images, small.orders(images, 1)))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-    assert int(state.step) == 0
-
-
-def test_drift_starts_at_rounding(small):
-    drift = sides.measure_drift(small, 5)
-    assert all(len(values) == 5 for values in drift.values())
-    assert max(drift["ours"] + drift["threads"]) < 1e-4
 
 
 def test_both_sides_are_in_double_precision_and_as_before_after_an_error():
@@ -298,3 +226,108 @@ def test_both_sides_are_in_double_precision_and_as_before_after_an_error():
         assert formats() == ("float64", torch.float64)
         raise ZeroDivisionError
     assert formats() == before
+
+
+# --- The convolutional net -----------------------------------------------------------
+
+
+class ConvInTorch(torch.nn.Module):
+    """For 7×10 pixels of two channels; as in ours, an odd side is padded at both ends.
+
+    An even one is padded at its end alone, and what a transposed convolution makes
+    beyond the size that the encoder had there is cut off at the end.
+    """
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.encoder_0 = torch.nn.Conv2d(2, 4, 3, stride=2)
+        self.encoder_1 = torch.nn.Conv2d(4, 6, 3, stride=2)
+        self.encoder_2 = torch.nn.Linear(2 * 3 * 6, 5)
+        self.decoder_0 = torch.nn.Linear(5, 2 * 3 * 6)
+        self.decoder_1 = torch.nn.ConvTranspose2d(6, 4, 3, stride=2)
+        self.decoder_2 = torch.nn.ConvTranspose2d(4, 2, 3, stride=2)
+
+    def forward(self, x):
+        x = x.unflatten(1, (7, 10, 2)).movedim(-1, 1)
+        x = self.encoder_0(pad(x, (0, 1, 1, 1))).relu()
+        x = self.encoder_1(pad(x, (1, 1, 0, 1))).relu()
+        latent = self.encoder_2(x.movedim(1, -1).flatten(1)).relu()
+        x = self.decoder_0(latent).unflatten(1, (2, 3, 6)).movedim(-1, 1)
+        x = self.decoder_1(x.relu())[..., :4, :5]
+        x = self.decoder_2(x.relu())[..., :7, :10]
+        return x.sigmoid().movedim(1, -1).flatten(1)
+
+
+def conv_to_torch(params):
+    """Kernels [row, column, in, out] as PyTorch has them; it turns the decoder's."""
+    state_dict = {}
+    for name, layer in params.items():
+        weight = np.asarray(layer["kernel"]).T
+        if weight.ndim == 4:
+            weight = weight.swapaxes(2, 3)
+            if name.startswith("decoder"):
+                weight = weight.swapaxes(0, 1)[..., ::-1, ::-1]
+        state_dict[f"{name}.weight"] = np.array(weight, order="C")
+        state_dict[f"{name}.bias"] = np.array(layer["bias"])
+    return state_dict
+
+
+@pytest.fixture(scope="module")
+def conv():
+    images = np.random.default_rng(0).integers(0, 256, (28, 7, 10, 2), np.uint8)
+    split = data.Split(images, np.zeros(28, np.int64))
+    dataset = data.Dataset(split, split, split, "", "bundled")
+    options, train = ConvAutoencoder((4, 6), latent_dim=5), TrainConfig(batch_size=8)
+    return Lockstep(sides.Pair(options, train, dataset, ConvInTorch, conv_to_torch))
+
+
+def test_the_convolutional_nets_images_and_gradients_are_pytorchs(conv):
+    net, params = conv.side.model, conv.state.params
+    with sides.precision("float64"):
+        x = jnp.asarray(scale(conv.images, "float64"))
+        model, pixels = conv.pair.theirs(params), torch.tensor(np.asarray(x)).flatten(1)
+        target = model(pixels)
+        torch.nn.MSELoss()(target, pixels).backward()
+        recon = jax.jit(functools.partial(apply, net))(params, x)
+
+        def loss(params):
+            return jnp.square(apply(net, params, x) - x).mean()
+
+        gradient = conv_to_torch(jax.jit(jax.grad(loss))(params))
+    target = target.detach().numpy().reshape(x.shape)
+    np.testing.assert_allclose(recon, target, rtol=0, atol=1e-12)
+    assert len(gradient) == 12
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.any(), name
+        np.testing.assert_allclose(gradient[name], parameter.grad, rtol=0, atol=1e-12)
+
+
+def test_the_convolutional_nets_training_is_pytorchs_to_rounding(conv):
+    assert_same(conv)
+
+
+def without_relu(net, latent):
+    x = net.decoder[0](latent).reshape(*latent.shape[:-1], 2, 3, 6)
+    x = net.decoder[1](nn.relu(x))[..., :4, :5, :]
+    return net.decoder[2](x)[..., :7, :10, :]
+
+
+CONV_BUGS = {
+    "kernel's rows are columns": (
+        *(layers, "downsample"),
+        lambda x, kernel: downsample(x, kernel.swapaxes(0, 1)),
+    ),
+    "stride begins a pixel later": (
+        *(layers, "upsample"),
+        lambda x, kernel: jnp.roll(upsample(x, kernel), 1, axis=-3),
+    ),
+    "no ReLU after a stage of the decoder": (ConvNet, "logits", without_relu),
+}
+
+
+@pytest.mark.parametrize("name", CONV_BUGS)
+def test_lockstep_catches_the_bug_in_the_convolutional_net(conv, monkeypatch, name):
+    monkeypatch.setattr(*CONV_BUGS[name])
+    with sides.precision("float64"):
+        wrong = conv.pair.ours(conv.images, "float64")
+    assert conv.apart(train_step=wrong.train_step) > 10 * ATOL
