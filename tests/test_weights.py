@@ -1,5 +1,7 @@
 """Weights cross to PyTorch and back without losing a bit, and strangers are named."""
 
+import os
+import pickle
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from ae_jax import weights
 from ae_jax.errors import UserError
+from experiments.pytorch_baseline import Autoencoder
 
 TUTORIAL = (784, (128, 64, 12), 3)
 SMALL = (6, (5, 4), 2)
@@ -53,8 +56,6 @@ def test_there_and_back_is_the_identity_to_the_bit(sizes, dtype, seed):
 @given(sizes)
 @settings(max_examples=20, deadline=None)
 def test_names_shapes_and_order_are_those_of_pytorch(sizes):
-    from experiments.pytorch_baseline import Autoencoder
-
     theirs = Autoencoder(*sizes).state_dict()
     ours = weights.shapes_of(sizes)
     assert list(ours.items()) == [(n, tuple(t.shape)) for n, t in theirs.items()]
@@ -176,6 +177,60 @@ def test_a_number_format_unknown_to_numpy_is_refused(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(2, dtype=torch.bfloat16)}, path)
     with pytest.raises(UserError, match="tensors of format 'BF16'"):
         weights.read_safetensors(path)
+
+
+# --- PyTorch's own files -------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled freely, it makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", [None, 0, 2, 4], ids=str)
+def test_code_in_a_pickle_is_refused_and_never_runs(tmp_path, protocol):
+    path = tmp_path / "a.pt"
+    state_dict = {"encoder.0.weight": Trap(tmp_path / "sprung")}
+    if protocol is None:
+        torch.save(state_dict, path)
+    else:
+        path.write_bytes(pickle.dumps(state_dict, protocol))
+    with pytest.raises(UserError, match=r"a\.pt: not a PyTorch state dict") as caught:
+        weights.read_state_dict(path)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        Autoencoder(*SMALL),
+        [torch.zeros(2)],
+        {"state_dict": {"a": torch.zeros(2)}},
+        {"a": torch.zeros(2).to_sparse()},
+        {"a": torch.zeros(2, dtype=torch.bfloat16)},
+    ],
+    ids=lambda content: type(content).__name__,
+)
+def test_what_is_not_a_state_dict_is_refused_in_one_line(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: not a PyTorch state dict") as caught:
+        weights.read_state_dict(tmp_path / "a.pt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("cut", [0, 1000, -1])
+def test_a_truncated_state_dict_is_refused(tmp_path, cut):
+    path = tmp_path / "a.pt"
+    torch.save(Autoencoder(*SMALL).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"a\.pt: not a PyTorch state dict"):
+        weights.read_state_dict(path)
 
 
 def test_neither_jax_nor_pytorch_is_loaded():
