@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import ROOT
 
+from ae_jax import collapse
 from ae_jax.config import CheckpointConfig, Config, FiguresConfig, TrainConfig
 from ae_jax.data import Arrays, Digits
 from ae_jax.errors import UserError
@@ -76,6 +77,24 @@ def snapshot(run_dir: Path) -> dict[str, Any]:
     """Every file of a folder with its content and time, to see that none is touched."""
     files = [path for path in sorted(run_dir.rglob("*")) if path.is_file()]
     return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in files}
+
+
+def make_runs(
+    healthy: int, part_dead: int = 0, collapsed: int = 0, mean: float = 0.036
+) -> list[dict[str, Any]]:
+    """Rows of runs of three latent units as a study has them, none of them trained."""
+    scores = mean * (1 + np.linspace(-0.01, 0.01, healthy))
+    rows = [(float(score), 0) for score in scores]
+    rows += [(0.045, 1)] * part_dead + [(0.0675, 3)] * collapsed
+    return [
+        {
+            "test/mse": score,
+            "latent/dead_units": dead,
+            "latent/collapsed": dead == 3,
+            "outcome": collapse.outcome(dead, 3),
+        }
+        for score, dead in rows
+    ]
 
 
 class Stop(Exception):

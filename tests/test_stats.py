@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from life import make_runs
 from scipy import stats as scipy_stats
 
 from ae_jax import stats
@@ -89,16 +90,6 @@ def test_samples_without_spread_or_too_small_show_what_they_can():
     assert stats.tost([1.02, 1.02], [1.0, 1.0], 0.03).p == 0
     assert stats.tost([1.04, 1.04], [1.0, 1.0], 0.03).p == 1
     assert stats.tost([1.0] * 3, [0.99, 1.0, 1.01], 0.1).p < 0.05  # without a warning
-
-
-def make_runs(healthy, part_dead=0, collapsed=0, mean=0.036):
-    scores = mean * (1 + np.linspace(-0.01, 0.01, healthy))
-    rows = [(float(score), 0) for score in scores]
-    rows += [(0.045, 1)] * part_dead + [(0.0675, 3)] * collapsed
-    return [
-        {"test/mse": score, "latent/dead_units": dead, "latent/collapsed": dead == 3}
-        for score, dead in rows
-    ]
 
 
 def test_runs_are_counted_by_their_outcome_and_compared_by_those_that_are_healthy():
