@@ -80,14 +80,6 @@ def test_call_is_decode_of_encode_and_decode_the_sigmoid_of_logits(cls):
         assert ((recon > 0) & (recon < 1)).all()
 
 
-def test_jit_changes_nothing_but_rounding(cls):
-    net, params = make(cls)
-    with devices.numerics("float64"):
-        x = jnp.asarray(IMAGES[0])
-        plain = net.apply({"params": params}, x)
-        np.testing.assert_allclose(forward(net)(params, x), plain, rtol=1e-12)
-
-
 def test_the_gradient_reaches_every_parameter(cls):
     net, params = make(cls)
     with devices.numerics("float64"):
@@ -102,28 +94,25 @@ def test_the_gradient_reaches_every_parameter(cls):
             assert leaf.any(), jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "tf32"])
-def test_precision_is_the_layers_and_latents_and_pixels_stay_fine(cls, precision):
-    net, params = make(cls, precision=precision)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
-    exact, _ = make(cls)
+def test_precision_is_the_layers_and_latents_and_pixels_stay_fine(cls):
+    net, params = make(cls)
     with devices.numerics("float64"):
-        expected = forward(exact)(jax.tree.map(np.float64, params), jnp.asarray(IMAGES))
-        expected = np.asarray(expected)
-    with devices.numerics(precision):
-        x = jnp.asarray(IMAGES, "float32")
-        recon = forward(net)(params, x)
+        exact = np.asarray(forward(net)(params, jnp.asarray(IMAGES)))
+    for precision, rtol in (("bfloat16", 0.05), ("tf32", 1e-4)):
+        net, params = make(cls, precision=precision)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+        with devices.numerics(precision):
+            x = jnp.asarray(IMAGES, "float32")
+            recon = np.asarray(forward(net)(params, x))
+            if hasattr(net, "encode"):
+                assert forward(net, "encode")(params, x).dtype.name == "float32"
         assert recon.dtype.name == "float32"
-        if hasattr(net, "encode"):
-            assert forward(net, "encode")(params, x).dtype.name == "float32"
-    recon = np.asarray(recon)
-    rtol = {"bfloat16": 0.05, "tf32": 1e-4}[precision]
-    np.testing.assert_allclose(recon, expected, rtol=rtol)
-    if precision == "bfloat16":
-        assert np.abs(recon - expected).max() > 1e-4
-        # Its own sigmoid would leave 96 grey levels between 0.38 and 0.62.
-        levels = np.unique(recon[(recon > 0.38) & (recon < 0.62)])
-        assert len(levels) > 96
+        np.testing.assert_allclose(recon, exact, rtol=rtol)
+        if precision == "bfloat16":
+            assert np.abs(recon - exact).max() > 1e-4
+            # Its own sigmoid would leave 96 grey levels between 0.38 and 0.62.
+            levels = np.unique(recon[(recon > 0.38) & (recon < 0.62)])
+            assert len(levels) > 96
 
 
 class Normed(nn.Module):
@@ -150,15 +139,13 @@ def test_a_model_with_state_beside_its_parameters_is_refused_by_name():
 
 
 def test_the_tutorials_network_is_the_default():
-    net = MODELS["autoencoder"]().make((28, 28, 1), "float32")
+    assert MODELS["autoencoder"]() == Autoencoder((128, 64, 12), 3, "relu", "torch")
+    net = Autoencoder().make((28, 28, 1), "float32")
     params = jax.eval_shape(net.init, KEY, jnp.zeros((28, 28, 1)))["params"]
-    shapes = {name: layer["kernel"].shape for name, layer in params.items()}
-    widths = (784, 128, 64, 12, 3)
-    assert shapes == {
-        f"{half}_{i}": pair
-        for half, chain in (("encoder", widths), ("decoder", widths[::-1]))
-        for i, pair in enumerate(itertools.pairwise(chain))
-    }
+    widths = (784, 128, 64, 12, 3, 12, 64, 128, 784)
+    names = [f"{half}_{i}" for half in ("encoder", "decoder") for i in range(4)]
+    shapes = [params[name]["kernel"].shape for name in names]
+    assert shapes == list(itertools.pairwise(widths))
 
 
 @pytest.mark.parametrize(
@@ -224,35 +211,6 @@ def test_downsample_and_upsample_equal_jaxs_own_convolutions(height):
     np.testing.assert_allclose(jax.jit(upsample)(x, kernel), up, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(7, 5, 3), (1, 9, 1)], ids=str)
-def test_conv_takes_images_of_any_size_and_equals_flaxs_own_layers(shape):
-    hidden = (4, 6)
-    net, params = make(ConvAutoencoder, shape, hidden=hidden, latent_dim=8)
-    x = np.random.default_rng(0).random((2, *shape))
-
-    def by_flax(params, x):
-        def apply(layer, name, x):
-            return layer.apply({"params": params[name]}, x)
-
-        h, sizes = x, []
-        for i, width in enumerate(hidden):
-            sizes.append(h.shape)
-            h = nn.relu(apply(nn.Conv(width, (3, 3), (2, 2)), f"encoder_{i}", h))
-        left = h.shape
-        latent = apply(nn.Dense(8), "encoder_2", h.reshape(2, -1))
-        h = apply(nn.Dense(np.prod(left[1:])), "decoder_0", latent).reshape(left)
-        for i, size in enumerate(reversed(sizes), start=1):
-            layer = nn.ConvTranspose(size[3], (3, 3), (2, 2))
-            h = apply(layer, f"decoder_{i}", nn.relu(h))[:, : size[1], : size[2]]
-        return nn.sigmoid(h)
-
-    with devices.numerics("float64"):
-        expected = jax.jit(by_flax)(params, jnp.asarray(x))
-        np.testing.assert_allclose(
-            forward(net)(params, jnp.asarray(x)), expected, rtol=1e-12
-        )
-
-
 @pytest.mark.parametrize(
     ("shape", "stages", "told"),
     [
@@ -293,24 +251,24 @@ def test_flaxs_and_hes_initialisers_have_their_variance_and_no_bias(init, varian
 
 LAYERS = {
     "autoencoder": {
-        "encoder_0": torch.nn.Linear(16 * 12 * 3, 50),
+        "encoder_0": torch.nn.Linear(12 * 4 * 20, 50),
         "encoder_1": torch.nn.Linear(50, 30),
         "decoder_0": torch.nn.Linear(30, 50),
-        "decoder_1": torch.nn.Linear(50, 16 * 12 * 3),
+        "decoder_1": torch.nn.Linear(50, 12 * 4 * 20),
     },
     "conv": {
-        "encoder_0": torch.nn.Conv2d(3, 50, 3),
-        "encoder_1": torch.nn.Linear(8 * 6 * 50, 30),
-        "decoder_0": torch.nn.Linear(30, 8 * 6 * 50),
-        "decoder_1": torch.nn.ConvTranspose2d(50, 3, 3),
+        "encoder_0": torch.nn.Conv2d(20, 50, 3),
+        "encoder_1": torch.nn.Linear(6 * 2 * 50, 30),
+        "decoder_0": torch.nn.Linear(30, 6 * 2 * 50),
+        "decoder_1": torch.nn.ConvTranspose2d(50, 20, 3),
     },
 }
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_net_begins_within_the_bounds_of_pytorchs_layers(name):
-    net = MODELS[name](hidden=(50,), latent_dim=30).make((16, 12, 3), "float32")
-    params = jax.jit(net.init)(KEY, jnp.zeros((16, 12, 3)))["params"]
+def test_a_net_begins_within_the_bounds_of_pytorchs_layers_and_fills_them(name):
+    net = MODELS[name](hidden=(50,), latent_dim=30).make((12, 4, 20), "float32")
+    params = jax.jit(net.init)(KEY, jnp.zeros((12, 4, 20)))["params"]
     assert set(params) == set(LAYERS[name])
     for layer, theirs in LAYERS[name].items():
         kernel, weight = params[layer]["kernel"], theirs.weight.detach().numpy()
@@ -318,5 +276,6 @@ def test_a_net_begins_within_the_bounds_of_pytorchs_layers(name):
         bound = np.abs(weight).max()
         np.testing.assert_allclose(np.abs(kernel).max(), bound, rtol=0.01)
         np.testing.assert_allclose(np.std(kernel), weight.std(), rtol=0.05)
-        # A bias has few values: they lie within the same bound, and fill it.
-        assert 0.4 < np.abs(params[layer]["bias"]).max() / bound < 1.01
+        bias = params[layer]["bias"]  # of fewer values
+        assert 0.8 < np.abs(bias).max() / bound < 1.01
+        np.testing.assert_allclose(np.std(bias), weight.std(), rtol=0.3)
