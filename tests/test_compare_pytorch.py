@@ -1,30 +1,27 @@
 """The comparison with PyTorch: a study of two sides, and a page about it."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
-from collections import Counter
 from dataclasses import replace
 
 import pytest
-from conftest import ROOT
-from life import snapshot
+from life import make_runs, snapshot
 
-from ae_jax import collapse, data, files
+from ae_jax import data, files
 from ae_jax.config import TrainConfig
 from ae_jax.errors import UserError
 from ae_jax.models.dense import Autoencoder
 from ae_jax.parity import report
 from ae_jax.runs.run import open_run
+from ae_jax.stats import compare_runs
 from experiments import compare_pytorch as compare
+from experiments import pytorch_baseline as baseline
 
 pytestmark = pytest.mark.usefixtures("torch_on_one_thread")
 
 TINY = compare.Comparison(
     data=data.Digits(),
-    model=Autoencoder(hidden=(16, 8)),
+    model=Autoencoder(hidden=(8,)),
     train=TrainConfig(num_epochs=1),
     lockstep_epochs=1,
     drift_steps=5,
@@ -32,32 +29,32 @@ TINY = compare.Comparison(
     together=2,
 )
 
-# Runs the command without PyTorch.
-NO_TORCH = """
-import runpy, sys
-sys.argv[0] = "compare_pytorch"
-class NoTorch:
-    def find_spec(self, name, path, target=None):
-        if name == "torch":
-            raise ModuleNotFoundError("No module named 'torch'")
-sys.meta_path.insert(0, NoTorch())
-runpy.run_module("experiments.compare_pytorch", run_name="__main__")
-"""
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_device():
+    with pytest.MonkeyPatch.context() as patch:  # JAX has started
+        patch.setattr(compare.study, "use_all_cores", lambda: None)
+        yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished comparison's config; read only."""
+    """A finished comparison's config; read only.
+
+    It was interrupted once: all of our runs were finished, and the first of PyTorch's.
+    """
     config = replace(TINY, run_dir=tmp_path_factory.mktemp("done") / "run")
+    epochs = iter([baseline.train_epoch])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare.study, "use_all_cores", lambda: None)  # JAX has started
-        compare.main(config)
+        patch.setattr(baseline, "train_epoch", lambda *args: next(epochs)(*args))
+        with pytest.raises(StopIteration):
+            compare.main(config)
+    runs = [config.run_dir / "ours", config.run_dir / "pytorch" / "0"]
+    before = [snapshot(run) for run in runs]
+    assert all(before)
+    compare.main(config)
+    assert [snapshot(run) for run in runs] == before
     return config
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(compare.study, "use_all_cores", lambda: None)
 
 
 def test_a_comparison_leaves_report_numbers_figures_and_runs(finished):
@@ -72,6 +69,9 @@ def test_a_comparison_leaves_report_numbers_figures_and_runs(finished):
     assert steps == [4, 8, 12, 23]
     assert all(row["passed"] for row in found["checks"])
     assert found["drift"].keys() == report.DRIFT.keys()
+    for apart in found["drift"].values():
+        assert len(apart) == 5
+        assert max(apart) < 1e-4
     test = data.load(finished.data).test.images
     for side, place in (("ours", "ours"), ("theirs", "pytorch")):
         assert [row["seed"] for row in found[side]] == [0, 1]
@@ -82,35 +82,23 @@ def test_a_comparison_leaves_report_numbers_figures_and_runs(finished):
     assert "2 seeds a side" in page
 
 
+@pytest.mark.parametrize(("name", "limit"), [("float64", 1e-13), ("float32", 1e-4)])
+def test_layers_and_gradients_are_pytorchs(finished, name, limit):
+    found = files.read_json(finished.run_dir / "summary.json")["layers"][name]
+    assert found["exact"]
+    assert len(found["forward"]) == 4
+    assert len(found["gradient"]) == 8
+    for row in found["forward"] + found["gradient"]:
+        assert 0 <= row["nrel"] < limit, row
+
+
 def test_a_finished_comparison_is_left_and_says_so(finished, capsys):
     before = snapshot(finished.run_dir)
     compare.main(finished)
     assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="drift_steps: the run has 5, you asked"):
+        compare.main(replace(finished, drift_steps=6))
     assert snapshot(finished.run_dir) == before
-
-
-def test_an_interrupted_comparison_keeps_its_finished_runs(tmp_path):
-    folder = tmp_path / "run"
-    options = ["--preset", "quick", "--data.name", "digits", "--run-dir", str(folder)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "experiments.compare_pytorch", *options],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        while not (folder / "pytorch" / "0" / "summary.json").exists():
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.1)
-        process.send_signal(signal.SIGTERM)
-        assert (process.wait(), process.stderr.read()) == (143, "")
-    before = snapshot(folder / "ours") | snapshot(folder / "pytorch" / "0")
-    small = replace(compare.PRESETS["quick"], data=data.Digits(), drift_steps=5)
-    with pytest.raises(UserError, match="drift_steps: the run has 200, you asked"):
-        compare.main(replace(small, run_dir=folder))
-    compare.main(replace(small, run_dir=folder, drift_steps=200))
-    after = snapshot(folder / "ours") | snapshot(folder / "pytorch" / "0")
-    assert before == after
 
 
 def test_what_the_pytorch_side_does_not_do_is_refused(tmp_path):
@@ -128,23 +116,24 @@ def test_a_check_that_fails_is_status_1(finished, monkeypatch, capsys):
         compare.main(finished)
     assert end.value.code == 1
     assert "FAILED" in capsys.readouterr().out
+    assert not compare.check_weights([{"exact": True}, {"exact": False}])["passed"]
 
 
-def test_without_pytorch_one_line_says_what_to_install(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", NO_TORCH, "--run-dir", str(tmp_path / "run")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: PyTorch is not installed; ")
-    assert done.stderr.count("\n") == 1
+def test_without_pytorch_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, baseline.__name__)
+    monkeypatch.delattr("experiments.pytorch_baseline")
+    with pytest.raises(UserError, match="PyTorch is not installed; "):
+        compare.main(replace(TINY, run_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
 def test_only_the_reference_becomes_the_result(finished, monkeypatch):
+    summary = files.read_json(finished.run_dir / "summary.json")
+    ours, theirs = make_runs(7, 3, 4), make_runs(20, 1, 5, mean=0.035)
+    ours[0]["test/mse"] = theirs[0]["test/mse"] = 0.03  # a mean that trimming changes
+    summary["runs"] = found = compare_runs(ours, theirs, margin=0.03)
+    monkeypatch.setattr(compare.study, "run_study", lambda *args: summary)
     kept = []
     results = compare.study.results
     monkeypatch.setattr(results, "write_result", lambda *a, **k: kept.append(k))
@@ -153,22 +142,27 @@ def test_only_the_reference_becomes_the_result(finished, monkeypatch):
     moved = replace(TINY, data=data.Digits(dir=finished.run_dir))
     monkeypatch.setitem(compare.PRESETS, "reference", moved)
     compare.main(finished)
-    found = files.read_json(finished.run_dir / "summary.json")
-    values = {row["name"]: row["value"] for row in found["checks"][1:]}
+    values = {row["name"]: row["value"] for row in summary["checks"]}
     assert kept[0]["seeds"] == [0, 1]
     assert kept[0]["headline"] == {
         "lockstep_f64_12_abs": values["lockstep_f64_12_abs"],
         "lockstep_f64_23_nrel": values["lockstep_f64_23_nrel"],
-        "tost_p": found["runs"]["tost_p"],
-        "ks_p": found["runs"]["ks_p"],
-        "collapse_fisher_p": found["runs"]["collapsed_p"],
+        "tost_p": found["tost_p"],
+        "ks_p": found["ks_p"],
+        "collapse_fisher_p": found["collapsed_p"],
     }
-    _, seeds = kept[0]["table"]
-    shown = [dict(zip(seeds["columns"], row, strict=True)) for row in seeds["rows"]]
-    assert [row[""] for row in shown] == ["ours", "PyTorch"]
-    for row, side in zip(shown, ("ours", "theirs"), strict=True):
-        count = Counter(row["outcome"] for row in found[side])
-        assert {k: int(row[k]) for k in collapse.OUTCOMES} == {
-            **dict.fromkeys(collapse.OUTCOMES, 0), **count
-        }  # fmt: skip
-        assert row["runs"] == "2"
+    numbers, seeds = kept[0]["table"]
+    for row, check in zip(numbers["rows"], summary["checks"], strict=True):
+        shown = [f"{check['value']:.1e}", f"{check['limit']:.0e}"]
+        assert row == [check["what"], *shown]
+    for row, side in zip(seeds["rows"], ("ours", "theirs"), strict=True):
+        of = found[side]
+        assert dict(zip(seeds["columns"], row, strict=True)) == {
+            "": report.SIDES[side],
+            "runs": str(of["runs"]),
+            "healthy": str(of["healthy"]),
+            "part-dead": str(of["part_dead"]),
+            "collapsed": str(of["collapsed"]),
+            "trimmed mean test MSE, healthy": f"{of['trimmed_mean']:.4f}",
+            "mean ± sd": f"{of['mean']:.4f} ± {of['sd']:.4f}",
+        }

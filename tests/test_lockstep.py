@@ -28,7 +28,10 @@ def test_a_difference_below_float32_is_seen():
 def test_the_largest_difference_is_of_any_epoch_and_lets_no_nan_pass():
     good = [snapshot(1.0)] * 3
     assert lockstep.max_difference(good, good) == 0
-    assert lockstep.max_difference([good[0], snapshot(1.25), good[0]], good) == 0.25
+    assert lockstep.max_difference([good[0], snapshot(0.75), good[0]], good) == 0.25
+    for name in lockstep.TREES:
+        other = good[0]._replace(**{name: snapshot(0.75).params})
+        assert lockstep.max_difference([other], good[:1]) == 0.25
     for place in range(3):
         bad = [*good]
         bad[place] = snapshot(math.nan)

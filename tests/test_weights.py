@@ -147,6 +147,9 @@ def test_a_format_that_no_run_has_or_two_at_once_are_refused(other):
     state_dict["decoder.2.bias"] = np.zeros(5, other)
     with pytest.raises(UserError, match=rf"decoder\.2\.bias is {other}; all must be"):
         weights.precision_of(state_dict, "a.pt")
+    if other != "float64":
+        with pytest.raises(UserError, match=rf"a\.pt: b is {other}; all must be"):
+            weights.precision_of({"b": np.zeros(1, other)}, "a.pt")
 
 
 # --- Safetensors ---------------------------------------------------------------------
