@@ -1,7 +1,6 @@
 """Models: any leading axes, parameters alone, PyTorch's first draws."""
 
 import dataclasses
-import itertools
 
 import flax.linen as nn
 import jax
@@ -135,43 +134,11 @@ def test_a_model_with_state_beside_its_parameters_is_refused_by_name():
     assert "\n" not in str(e.value)
 
 
-# --- The dense one --------------------------------------------------------------------
+# --- Each of them ---------------------------------------------------------------------
 
 
 def test_the_tutorials_network_is_the_default():
     assert MODELS["autoencoder"]() == Autoencoder((128, 64, 12), 3, "relu", "torch")
-    net = Autoencoder().make((28, 28, 1), "float32")
-    params = jax.eval_shape(net.init, KEY, jnp.zeros((28, 28, 1)))["params"]
-    widths = (784, 128, 64, 12, 3, 12, 64, 128, 784)
-    names = [f"{half}_{i}" for half in ("encoder", "decoder") for i in range(4)]
-    shapes = [params[name]["kernel"].shape for name in names]
-    assert shapes == list(itertools.pairwise(widths))
-
-
-@pytest.mark.parametrize(
-    ("activation", "by_hand"),
-    [
-        ("relu", lambda z: np.maximum(z, 0)),
-        ("leaky_relu", lambda z: np.where(z > 0, z, 0.01 * z)),
-        ("none", lambda z: z),
-    ],
-)
-def test_the_dense_net_equals_a_numpy_rewrite(activation, by_hand):
-    net, params = make(Autoencoder, latent_activation=activation)
-    h, last = IMAGES.reshape(*LEADING, -1), len(WIDTHS[Autoencoder])
-    for half, i in itertools.product(("encoder", "decoder"), range(last + 1)):
-        layer = params[f"{half}_{i}"]
-        h = h @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
-        if i < last:
-            h = np.maximum(h, 0)
-        elif half == "encoder":
-            assert (h < 0).any()
-            h = latent = by_hand(h)
-    recon = 1 / (1 + np.exp(-h)).reshape(IMAGES.shape)
-    with devices.numerics("float64"):
-        x = jnp.asarray(IMAGES)
-        np.testing.assert_allclose(forward(net, "encode")(params, x), latent, 1e-10)
-        np.testing.assert_allclose(forward(net)(params, x), recon, rtol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])

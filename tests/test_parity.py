@@ -192,12 +192,19 @@ def test_pixels_are_pytorchs_to_one_rounding():
         np.testing.assert_array_max_ulp(np.ravel(ours), theirs[0].numpy(), maxulp=1)
 
 
+ACTIVATIONS = {
+    "relu": torch.nn.ReLU(),
+    "leaky_relu": torch.nn.LeakyReLU(),
+    "none": torch.nn.Identity(),
+}
+
+
 @pytest.mark.parametrize(
     ("options", "name", "atol"),
     [
         (Autoencoder(), "float32", 1e-6),
-        (Autoencoder(hidden=(5, 4), latent_dim=2), "float64", 1e-12),
-        (Autoencoder(hidden=()), "float64", 1e-12),
+        (Autoencoder((5, 5), 2, latent_activation="leaky_relu"), "float64", 1e-12),
+        (Autoencoder((), latent_activation="none"), "float64", 1e-12),
     ],
     ids=str,
 )
@@ -207,6 +214,7 @@ def test_with_pytorchs_weights_the_model_is_pytorchs(options, name, atol):
     with sides.precision(name), torch.inference_mode():
         torch.manual_seed(0)
         theirs = baseline.Autoencoder(30, *sizes)
+        theirs.encoder[-1] = ACTIVATIONS[options.latent_activation]
         params = weights.to_linen(baseline.to_numpy(theirs.state_dict().items()))
         net = options.make(shape, name)
         made = jax.eval_shape(lambda: init_params(net, KEY, shape, name))
