@@ -67,6 +67,14 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train_run(config, "tutorial")
 
 
+@pytest.fixture(scope="session")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished run of 6 steps, saved at 3, 4 and 6, nothing drawn; read only."""
+    from life import small
+
+    return train_run(small(tmp_path_factory.mktemp("short") / "run"))
+
+
 def random_like(tree, bound=0.3):
     """Arrays of such shapes and types: what a model draws itself takes seconds."""
     rng = np.random.default_rng(1)

@@ -1,5 +1,6 @@
 """Small runs for the tests of a run's life, and what those tests ask of a folder."""
 
+import itertools
 import json
 import os
 import socket
@@ -15,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from conftest import ROOT
 
-from ae_jax import collapse
+from ae_jax import collapse, devices, train
 from ae_jax.config import CheckpointConfig, Config, FiguresConfig, TrainConfig
-from ae_jax.data import Arrays, Digits
-from ae_jax.errors import UserError
+from ae_jax.data import Digits
 from ae_jax.models.dense import Autoencoder
 from ae_jax.options import options
 from ae_jax.runs import folder
@@ -95,6 +95,13 @@ def make_runs(
         }
         for score, dead in rows
     ]
+
+
+def count_seconds(patch: Any) -> None:
+    """Have every step be a chunk, which takes a second by the trainer's clock."""
+    now = itertools.count()
+    patch.setattr(train, "CHUNK_S", 0.0)
+    patch.setattr(devices, "clock", lambda: float(next(now)))
 
 
 class Stop(Exception):
@@ -205,46 +212,3 @@ class Scripted:
         updates = jnp.round(-jax.lax.stop_gradient(bias) / 1e-3)
         value = jnp.asarray(self.losses)[updates.astype(jnp.int32)]
         return value + bias - jax.lax.stop_gradient(bias), {}
-
-
-@options
-class Spots:
-    """Grey squares of 4×4: training ones dark but for row 5, test ones in between."""
-
-    def load(self) -> Arrays:
-        train, test = np.full((1200, 4, 4, 1), 60, np.uint8), np.full(7, 150, np.uint8)
-        train[5] = 240
-        test = np.broadcast_to(test[:, None, None, None], (7, 4, 4, 1))
-        labels = np.zeros(1200, np.int64)
-        return Arrays(train, labels, test, labels[:7])
-
-
-@options
-class Thresholds:
-    """Latent units that fire above a brightness: 0.9 is passed by one image alone."""
-
-    latent_dim: int = 3
-    latent_activation: str = "relu"
-
-    def make(self, shape: tuple[int, int, int], precision: str) -> nn.Module:
-        if shape != (4, 4, 1):
-            raise UserError("model: takes 4×4 images")
-        return ThresholdNet(shape)
-
-
-class ThresholdNet(nn.Module):
-    shape: tuple[int, int, int]
-
-    def setup(self):
-        self.grey = self.param("grey", nn.initializers.zeros, ())
-
-    def encode(self, x):
-        grey = x.mean((-3, -2, -1))
-        return nn.relu(jnp.stack([grey - level for level in (0.9, 0.5, 0.2)], axis=-1))
-
-    def decode(self, latent):
-        shape = (*latent.shape[:-1], *self.shape)
-        return jnp.broadcast_to(nn.sigmoid(self.grey), shape)
-
-    def __call__(self, x):
-        return self.decode(self.encode(x))
