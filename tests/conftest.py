@@ -5,6 +5,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -90,3 +91,18 @@ _RNG = np.random.default_rng(0)
 def noise(*shape):
     """Images, or what becomes some, in which no pixel can stand for another."""
     return _RNG.integers(0, 256, shape, np.uint8)
+
+
+def shown(figure):
+    """The pictures from the top left, row by row, as ``[(row's title, image), …]``."""
+
+    def place(axes):
+        box = axes.get_position()
+        return -round(box.y0, 3), round(box.x0, 3)
+
+    rows = itertools.groupby(sorted(figure.axes, key=place), lambda ax: place(ax)[0])
+    pictures = [[*row] for _, row in rows]
+    return [
+        (row[0].get_title("left"), np.stack([ax.images[0].get_array() for ax in row]))
+        for row in pictures
+    ]

@@ -3,19 +3,17 @@
 import json
 import math
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from life import count_seconds, small
 
-from ae_jax import metrics, models
+from ae_jax import metrics, models, weights
 from ae_jax.config import CheckpointConfig
-from ae_jax.data import Arrays
+from ae_jax.data import Npz
 from ae_jax.keys import Purpose, key_for
+from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Reconstruction
-from ae_jax.options import options
 from ae_jax.runs import folder, report
 from ae_jax.runs.trainer import train_run
 
@@ -228,55 +226,23 @@ def test_the_scores_are_shown_beside_their_names(run):
     assert shown[-1] == "a remark"
 
 
-# --- Dead units ---------------------------------------------------------------------
-
-
-@options
-class Spots:
-    """Grey squares of 4×4: training ones dark but for row 5, test ones in between."""
-
-    def load(self):
-        train, test = (np.full((n, 4, 4, 1), g, np.uint8) for n, g in GREYS)
-        train[5] = 240
-        labels = np.zeros(len(train), np.int64)
-        return Arrays(train, labels, test, labels[: len(test)])
-
-
-GREYS = ((1200, 60), (7, 150))
-
-
-@options
-class Thresholds:
-    """Latent units that fire above a brightness: 0.9 is passed by one image alone."""
-
-    latent_dim: int = 3
-    latent_activation: str = "relu"
-
-    def make(self, shape, precision):
-        return ThresholdNet(shape)
-
-
-class ThresholdNet(nn.Module):
-    shape: tuple[int, int, int]
-
-    def setup(self):
-        self.grey = self.param("grey", nn.initializers.zeros, ())
-
-    def encode(self, x):
-        grey = x.mean((-3, -2, -1))
-        return nn.relu(jnp.stack([grey - level for level in (0.9, 0.5, 0.2)], axis=-1))
-
-    def decode(self, latent):
-        shape = (*latent.shape[:-1], *self.shape)
-        return jnp.broadcast_to(nn.sigmoid(self.grey), shape)
-
-    def __call__(self, x):
-        return self.decode(self.encode(x))
-
-
 def test_a_unit_that_one_training_image_of_1200_wakes_is_alive(tmp_path):
     """In the summary it is dead, for no test image wakes it."""
-    fields = {"data": Spots(), "model": Thresholds(), "batch_size": 700}
-    run = train_run(small(tmp_path / "run", **fields))
+    train, test = np.full((1200, 4, 5), 60, np.uint8), np.full((7, 4, 5), 150, np.uint8)
+    train[5] = 240
+    np.savez(tmp_path / "greys.npz", train_images=train, test_images=test)
+    levels = np.float32([0.9, 0.5, 0.2])  # of the mean brightness
+    encoder = {"kernel": np.full((20, 3), 0.05, np.float32), "bias": -levels}
+    decoder = {"kernel": np.zeros((3, 20), np.float32), "bias": np.float32([0.0] * 20)}
+    state_dict = weights.to_torch({"encoder_0": encoder, "decoder_0": decoder})
+    weights.write_safetensors(tmp_path / "weights.safetensors", state_dict)
+    config = small(
+        tmp_path / "run",
+        data=Npz(tmp_path / "data", tmp_path / "greys.npz"),
+        model=Autoencoder(hidden=()),
+        init_from=tmp_path / "weights.safetensors",
+        learning_rate=1e-30,
+    )
+    run = train_run(config)
     assert [row["latent/dead_units"] for row in run.metrics] == [0, 0]
     assert folder.read_summary(run.folder)["latent/dead_units"] == 1

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import jax
@@ -29,6 +30,7 @@ from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Denoising, Reconstruction
 from ae_jax.runs import folder, trainer
 from ae_jax.runs.trainer import train_run, train_runs
+from ae_jax.runs.weights import load_weights
 
 CONV = ConvAutoencoder(hidden=(3,), latent_dim=2, latent_activation="none")
 
@@ -37,12 +39,6 @@ CONV = ConvAutoencoder(hidden=(3,), latent_dim=2, latent_activation="none")
 def one_step_chunks(monkeypatch):
     """Pause after every step, as on a machine where each takes seconds."""
     monkeypatch.setattr(train, "CHUNK_S", 0.0)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A run of 6 steps from start to end; read only."""
-    return train_run(small(tmp_path_factory.mktemp("uninterrupted") / "run")).folder
 
 
 @pytest.fixture
@@ -56,36 +52,31 @@ def npz(tmp_path):
 
 
 def test_stopped_at_every_chunk_it_ends_in_the_same_bits(
-    uninterrupted, tmp_path, one_step_chunks
+    short_run, tmp_path, one_step_chunks
 ):
     _, stops = train_with_stops([small(tmp_path / "run")])
     assert stops == 6
-    assert_same_end(tmp_path / "run", uninterrupted)
+    assert_same_end(tmp_path / "run", short_run.folder)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"model": CONV},
-        {"precision": "bfloat16"},
-        {
-            "precision": "float64",
-            "schedule": "cosine",
-            "objective": Reconstruction("bce"),
-        },
-        {"objective": Denoising(0.1), "clip_norm": 0.1, "warmup_steps": 3},
-    ],
-    ids=["conv", "bfloat16", "float64", "denoising"],
-)
-def test_every_kind_of_run_does(fields, tmp_path, one_step_chunks):
-    _, stops = train_with_stops([small(tmp_path / "stopped", **TWO_STEPS, **fields)])
-    assert stops == 4
-    train_run(small(tmp_path / "run", **TWO_STEPS, **fields))
-    assert_same_end(tmp_path / "stopped", tmp_path / "run")
+KINDS = {
+    "conv": {"model": CONV},
+    "bfloat16": {"precision": "bfloat16"},
+    "float64": {
+        "precision": "float64",
+        "schedule": "cosine",
+        "objective": Reconstruction("bce"),
+    },
+    "denoising": {"objective": Denoising(0.1), "clip_norm": 0.1, "warmup_steps": 3},
+    "streamed": {},
+}
 
 
-def test_a_streamed_run_does(npz, tmp_path, one_step_chunks):
-    fields = {**TWO_STEPS, "data": replace(npz, streaming=True)}
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_does(kind, npz, tmp_path, one_step_chunks):
+    fields = {**TWO_STEPS, **KINDS[kind]}
+    if kind == "streamed":
+        fields["data"] = replace(npz, streaming=True)
     _, stops = train_with_stops([small(tmp_path / "stopped", **fields)])
     assert stops == 4
     train_run(small(tmp_path / "run", **fields))
@@ -106,8 +97,11 @@ def patient(run_dir):
     )
 
 
-def test_a_run_that_loses_patience_stops_and_keeps_its_best(tmp_path, one_step_chunks):
-    (run,), stops = train_with_stops([patient(tmp_path / "run")])
+def test_a_run_that_loses_patience_is_finished_and_keeps_its_best(
+    tmp_path, one_step_chunks, capsys
+):
+    config = patient(tmp_path / "run")
+    (run,), stops = train_with_stops([config])
     assert stops == 6
     assert [row["val/scripted"] for row in run.metrics] == [5, 4, 3, 6, 7, 8]
     assert [row["train/scripted"] for row in run.metrics] == [9, 5, 4, 3, 6, 7]
@@ -116,11 +110,6 @@ def test_a_run_that_loses_patience_stops_and_keeps_its_best(tmp_path, one_step_c
     assert folder.read_summary(run.folder)["stopped"] is True
     train_run(patient(tmp_path / "other"))
     assert_same_end(run.folder, tmp_path / "other")
-
-
-def test_a_run_that_lost_patience_is_finished(tmp_path, capsys):
-    config = patient(tmp_path / "run")
-    train_run(config)
     capsys.readouterr()
     train_run(replace(config, train=replace(config.train, num_epochs=12)))
     assert "is finished" in capsys.readouterr().out
@@ -134,9 +123,8 @@ def test_a_run_that_lost_patience_is_finished(tmp_path, capsys):
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)],
 )
 def test_a_signal_is_obeyed_at_the_next_chunk_with_all_saved(
-    signum, error, tmp_path, uninterrupted, monkeypatch, capsys
+    signum, error, tmp_path, short_run, one_step_chunks, capsys
 ):
-    monkeypatch.setattr(train, "CHUNK_S", 0.0)
     config, before = small(tmp_path / "run"), signal.getsignal(signum)
 
     def on_chunk(step):
@@ -144,13 +132,14 @@ def test_a_signal_is_obeyed_at_the_next_chunk_with_all_saved(
             os.kill(os.getpid(), signum)
 
     with pytest.raises(error) as caught:
-        train_runs([config], on_chunk=on_chunk)
+        train_runs([config], started=time.monotonic() - 1000, on_chunk=on_chunk)
     assert getattr(caught.value, "code", 143) == 143
     assert "interrupted: step 5 is saved" in capsys.readouterr().err
     assert steps_of(config.run_dir)[-1] == 5
     assert signal.getsignal(signum) is before
     train_run(config)
-    assert_same_end(config.run_dir, uninterrupted)
+    assert_same_end(config.run_dir, short_run.folder)
+    assert 1000 < folder.read_summary(config.run_dir)["wall_s"] < 2000
 
 
 def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
@@ -173,15 +162,14 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch):
 # --- What may change, and what may not ----------------------------------------------
 
 
-def test_more_epochs_later_are_as_many_at_once(tmp_path, uninterrupted):
-    shutil.copytree(uninterrupted, tmp_path / "run")
-    images = (tmp_path / "run" / "figures" / "images.npz").read_bytes()
+def test_more_epochs_later_are_as_many_at_once(tmp_path, short_run):
+    shutil.copytree(short_run.folder, tmp_path / "run")
     train_run(small(tmp_path / "run", num_epochs=3))
     train_run(small(tmp_path / "at_once", num_epochs=3))
     assert_same_end(tmp_path / "run", tmp_path / "at_once")
-    again, at_once = (
-        (tmp_path / name / "figures" / "images.npz").read_bytes()
-        for name in ("run", "at_once")
+    images, again, at_once = (
+        (path / "figures" / "images.npz").read_bytes()
+        for path in (short_run.folder, tmp_path / "run", tmp_path / "at_once")
     )
     assert again == at_once != images
     assert folder.read_description(tmp_path / "run").config["train"]["num_epochs"] == 3
@@ -201,36 +189,24 @@ def test_more_epochs_later_are_as_many_at_once(tmp_path, uninterrupted):
         ({"data": Digits(num_validation=100)}, "data.num_validation: the run has 101"),
     ],
 )
-def test_another_config_is_refused_and_touches_nothing(fields, told, uninterrupted):
-    before = snapshot(uninterrupted)
+def test_another_config_is_refused_and_touches_nothing(fields, told, short_run):
+    before = snapshot(short_run.folder)
     with pytest.raises(UserError, match="holds another run") as caught:
-        train_run(small(uninterrupted, **fields))
+        train_run(small(short_run.folder, **fields))
     assert told in str(caught.value)
-    assert snapshot(uninterrupted) == before
+    assert snapshot(short_run.folder) == before
 
 
-def test_a_finished_run_says_so_and_is_not_touched(uninterrupted, capsys):
-    before = snapshot(uninterrupted)
+def test_a_finished_run_says_so_and_is_not_touched(short_run, capsys):
+    before = snapshot(short_run.folder)
     free = {
         "checkpoint": CheckpointConfig(keep=1),
         "figures": FiguresConfig(epochs=(2,)),
-        "data": Digits(dir=uninterrupted / "elsewhere", num_validation=101),
+        "data": Digits(dir=short_run.folder / "elsewhere", num_validation=101),
     }
-    assert train_run(small(uninterrupted, **free)).step == 6
+    assert train_run(small(short_run.folder, **free)).step == 6
     assert "is finished" in capsys.readouterr().out
-    assert snapshot(uninterrupted) == before
-
-
-def test_a_run_that_only_lacks_its_end_gets_it(tmp_path, uninterrupted):
-    shutil.copytree(uninterrupted, tmp_path / "run")
-    for name in ("summary.json", "metrics.jsonl"):
-        (tmp_path / "run" / name).unlink()
-    shutil.rmtree(tmp_path / "run" / "tensorboard")
-    train_run(small(tmp_path / "run"))
-    assert_same_end(tmp_path / "run", uninterrupted)
-    mine, other = map(folder.read_summary, (tmp_path / "run", uninterrupted))
-    assert mine["test/mse"] == other["test/mse"]
-    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert snapshot(short_run.folder) == before
 
 
 def test_data_that_changed_since_are_refused(npz, tmp_path):
@@ -251,38 +227,23 @@ def test_data_that_changed_since_are_refused(npz, tmp_path):
 
 
 @pytest.mark.parametrize("ending", ["", ".safetensors"])
-def test_a_run_starts_from_other_parameters(ending, finished_run, tmp_path):
-    source = finished_run.folder
+def test_a_run_starts_from_other_parameters_and_resumes_without_them(
+    ending, finished_run, tmp_path
+):
+    source = tmp_path / f"source{ending}"
     if ending:
-        source = tmp_path / "weights.safetensors"
         params = jax.tree.map(np.asarray, finished_run.params)
         weights.write_safetensors(source, weights.to_torch(params))
-    fields = {
-        "init_from": source,
-        "learning_rate": 1e-30,
-        "model": Autoencoder((16, 8)),
-    }
-    run = train_run(small(tmp_path / "run", **fields))
+    else:
+        shutil.copytree(finished_run.folder, source)
+    config = small(tmp_path / "run", init_from=source, learning_rate=1e-30)
+    train_until(3, config)
+    digest = folder.read_description(config.run_dir).init_from_digest
+    assert digest == load_weights(source, finished_run.params)[1]
+    source.rename(tmp_path / "elsewhere")
+    run = train_run(config)
     jax.tree.map(np.testing.assert_array_equal, run.params, finished_run.params)
-    digest = folder.read_description(run.folder).init_from_digest
-    train_run(small(tmp_path / "again", **fields))
-    assert folder.read_description(tmp_path / "again").init_from_digest == digest
-
-
-def test_it_resumes_without_them(finished_run, tmp_path):
-    shutil.copytree(finished_run.folder, tmp_path / "source")
-    model = Autoencoder((16, 8))
-    runs = [
-        small(tmp_path / name, init_from=tmp_path / "source", model=model)
-        for name in ("stopped", "run")
-    ]
-    train_until(3, runs[0])
-    train_run(runs[1])
-    digests = [folder.read_description(c.run_dir).init_from_digest for c in runs]
-    shutil.rmtree(tmp_path / "source")
-    train_run(runs[0])
-    assert_same_end(runs[0].run_dir, runs[1].run_dir)
-    assert folder.read_description(runs[0].run_dir).init_from_digest == digests[1]
+    assert folder.read_description(run.folder).init_from_digest == digest
 
 
 @pytest.mark.parametrize(
