@@ -1,6 +1,5 @@
 """The figures of a run show the arrays that they say they show."""
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,6 @@ from ae_jax.config import FiguresConfig
 from ae_jax.errors import UserError
 from ae_jax.runs import figures
 from ae_jax.runs.figures import FIGURES
-from ae_jax.runs.run import open_run
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -60,18 +58,6 @@ def test_the_loss_is_the_objectives_of_each_epoch_known_then(step, finished_run)
         assert list(line.get_ydata()) == [row[name] for row in rows]
         assert list(line.get_xdata()) == [row["epoch"] for row in rows]
     assert "MSE" in axes.get_ylabel()
-
-
-def test_the_folder_alone_is_enough(finished_run, tmp_path):
-    """It has moved, and its data are gone."""
-    moved = shutil.copytree(finished_run.folder, tmp_path / "moved")
-    for path in (moved / "figures").glob("*.png"):
-        path.unlink()
-    run = open_run(moved)
-    for name in figures.applicable(run):
-        drawn = figures.draw(run, name)
-        theirs = finished_run.folder / "figures" / drawn.name
-        assert drawn.read_bytes() == theirs.read_bytes()
 
 
 def test_an_unknown_figure_is_answered_with_the_nearest(finished_run):

@@ -100,6 +100,11 @@ def test_a_heavy_library_has_one_owner(package):
     assert users <= OWNERS[package]
 
 
+def test_figures_need_neither_pyplot_nor_scipy():
+    assert not {"matplotlib.pyplot", "pylab"} & imports(MODULES["plots"])
+    assert "scipy" not in packages(MODULES["plots"])
+
+
 @pytest.mark.parametrize("module", NUMPY_ONLY.split())
 def test_what_needs_numpy_alone_imports_no_jax(module):
     assert not packages(MODULES[module]) & JAX
