@@ -8,12 +8,12 @@ import pytest
 from life import (
     Stop,
     assert_same_end,
+    count_seconds,
     digests_of,
     small,
     snapshot,
     steps_of,
     train_until,
-    train_with_stops,
 )
 
 from ae_jax import devices, train
@@ -21,96 +21,121 @@ from ae_jax.config import CheckpointConfig, FiguresConfig, MeshConfig
 from ae_jax.data import Digits
 from ae_jax.errors import UserError
 from ae_jax.objectives import Denoising
-from ae_jax.runs import figures, folder
+from ae_jax.runs import figures, folder, report
 from ae_jax.runs.checkpoint import Checkpoints
 from ae_jax.runs.run import open_run
 from ae_jax.runs.trainer import train_run, train_runs
 
 
 def group(parent, size=3, **fields):
-    """Configs of the seeds from 5 on."""
-    return [small(parent / str(s), seed=s, **fields) for s in range(5, 5 + size)]
+    """Configs of the seeds from 0 on."""
+    return [small(parent / str(s), seed=s, **fields) for s in range(size)]
 
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
-    """The folders of three seeds that trained together; read only."""
+    """The folders of three seeds that trained together, a second a step; read only."""
     configs = group(tmp_path_factory.mktemp("seeds"))
-    return [run.folder for run in train_runs(configs, together=3)]
+    with pytest.MonkeyPatch.context() as patch:
+        count_seconds(patch)
+        return [run.folder for run in train_runs(configs, together=3)]
+
+
+def stopped(seeds, parent, step=6):
+    """Copies of runs as if they had been killed after that step was saved."""
+    for path in seeds:
+        copy = shutil.copytree(path, parent / path.name)
+        (copy / "summary.json").unlink()
+        for later in [later for later in steps_of(copy) if later > step]:
+            shutil.rmtree(copy / "checkpoints" / str(later))
+
+
+def assert_same_ends(seeds, parent):
+    for path in seeds:
+        assert_same_end(parent / path.name, path)
 
 
 def test_each_is_an_ordinary_run(seeds):
     for number, path in enumerate(seeds):
-        run = open_run(path)
-        assert run.config.train.seed == 5 + number
+        run, summary = open_run(path), folder.read_summary(path)
+        assert run.config.train.seed == number
         assert (run.step, run.steps) == (6, [3, 4, 6])
-        assert [row["step"] for row in folder.read_metrics(path)] == [3, 6]
         test = run.data().test.images
-        summary = folder.read_summary(path)
         assert summary["test/mse"] == run.score_split(test)["mse"]
-        for name in figures.applicable(run):
-            assert run.figure(name).axes
+        assert len(figures.applicable(run)) == 4
+        assert run.figure("reconstructions_by_epoch").axes
     losses = [folder.read_summary(path)["train/mse"] for path in seeds]
     assert len(set(losses)) == 3
 
 
-def test_each_is_its_single_run_to_the_bit(seeds, tmp_path, capsys):
-    for path, config in zip(seeds, group(tmp_path), strict=True):
-        train_run(config)
-        assert_same_end(path, config.run_dir)
-        mine, other = map(folder.read_summary, (path, config.run_dir))
+def test_a_seeds_time_is_its_share_of_the_groups(seeds):
+    for path in seeds:
+        times = [(r["wall_s"], r["images_per_s"]) for r in folder.read_metrics(path)]
+        assert times == [pytest.approx((1, 1336))] * 2  # three steps for three seeds
+
+
+def test_a_group_shows_the_median_loss_and_how_many_have_dead_units():
+    rows = [
+        {"epoch": 2, "train/mse": loss, "latent/dead_units": dead, "wall_s": 0.5}
+        for loss, dead in [(0.5, 0), (0.1, 3), (0.2, 1)]
+    ]
+    line = report.group_line(rows, [4, 5, 6], 9)
+    words = (
+        "seeds 4 to 6",
+        "epoch 2/9",
+        "median train/mse 0.20000",
+        "2 of 3 with dead",
+    )
+    assert all(word in line for word in (*words, "0.50 s each"))
+
+
+def test_each_is_its_single_run_to_the_bit(seeds, short_run, tmp_path, capsys):
+    single = train_run(group(tmp_path)[1])
+    for path, run in [(seeds[0], short_run), (seeds[1], single)]:
+        assert_same_end(path, run.folder)
+        mine, other = map(folder.read_summary, (path, run.folder))
         assert all(mine[name] == other[name] for name in mine if "test/" in name)
-    train_until(3, *group(tmp_path / "more"), together=3)
-    train_run(group(tmp_path / "more")[1])  # goes on alone
-    assert_same_end(seeds[1], tmp_path / "more" / "6")
+    stopped(seeds, tmp_path / "more", 3)
+    train_run(group(tmp_path / "more")[1])  # continues alone
+    assert_same_end(seeds[1], tmp_path / "more" / "1")
     assert "warning" not in capsys.readouterr().err
 
 
-def test_stopped_at_every_chunk_they_end_in_the_same_bits(seeds, tmp_path, monkeypatch):
+def test_stopped_in_either_epoch_they_end_in_the_same_bits(
+    seeds, tmp_path, monkeypatch
+):
     monkeypatch.setattr(train, "CHUNK_S", 0.0)
-    _, stops = train_with_stops(group(tmp_path), together=3)
-    assert stops == 6
-    for path in seeds:
-        assert_same_end(tmp_path / path.name, path)
+    for step in (2, 5):
+        train_until(step, *group(tmp_path), together=3)
+    train_runs(group(tmp_path), together=3)
+    assert_same_ends(seeds, tmp_path)
 
 
 def test_a_finished_member_keeps_its_lane(seeds, tmp_path):
     """Its folder is not touched, and the others' bits are what they were."""
-    shutil.copytree(seeds[1], tmp_path / "6")
-    before = snapshot(tmp_path / "6")
-    train_until(3, *group(tmp_path), together=3)
-    shutil.rmtree(tmp_path / "7")
+    stopped(seeds[:1], tmp_path, 3)
+    shutil.copytree(seeds[1], tmp_path / "1")
+    before = snapshot(tmp_path / "1")
     train_runs(group(tmp_path), together=3)
-    assert snapshot(tmp_path / "6") == before
-    for path in seeds:
-        assert_same_end(tmp_path / path.name, path)
+    assert snapshot(tmp_path / "1") == before
+    assert_same_ends(seeds, tmp_path)
 
 
-@pytest.mark.parametrize("lost", [1, 3])
-def test_members_return_to_their_newest_common_step(lost, seeds, tmp_path, capsys):
+@pytest.mark.parametrize("common", [4, 0])
+def test_members_return_to_their_newest_common_step(common, seeds, tmp_path, capsys):
     """One of them had not saved, or, long ago, lost checkpoints."""
-    train_until(6, *group(tmp_path), together=3)
-    for step in steps_of(tmp_path / "6")[-lost:]:
-        shutil.rmtree(tmp_path / "6" / "checkpoints" / str(step))
-    common = steps_of(tmp_path / "6")[-1] if lost < 3 else 0
+    stopped(seeds[::2], tmp_path)
+    stopped(seeds[1:2], tmp_path, common)
     seen = []
-    with pytest.raises(Stop):
-        train_runs(group(tmp_path), together=3, on_chunk=stop_and_see(tmp_path, seen))
-    assert f"resumed at step {common}" in capsys.readouterr().err or not common
-    assert seen == [[step for step in (3, 4) if step <= common]] * 3
-    train_runs(group(tmp_path), together=3)
-    for path in seeds:
-        assert_same_end(tmp_path / path.name, path)
-
-
-def stop_and_see(parent, seen):
-    """Stop after the first chunk; note the older checkpoints of all members."""
 
     def on_chunk(step):
-        seen.extend([s for s in steps_of(parent / name) if s < step] for name in "567")
-        raise Stop
+        if not seen:
+            seen.extend([s for s in steps_of(tmp_path / n) if s < step] for n in "012")
 
-    return on_chunk
+    train_runs(group(tmp_path), together=3, on_chunk=on_chunk)
+    assert f"resumed at step {common}" in capsys.readouterr().err or not common
+    assert seen == [[step for step in (3, 4) if step <= common]] * 3
+    assert_same_ends(seeds, tmp_path)
 
 
 @pytest.mark.parametrize("member", [1, 2])
@@ -135,9 +160,8 @@ def test_all_have_saved_before_any_prunes(member, seeds, tmp_path, monkeypatch):
     steps = [set(steps_of(config.run_dir)) for config in configs]
     assert 3 in set.intersection(*steps)
     train_runs(configs, together=3)
-    for path in seeds:
-        assert_same_end(tmp_path / path.name, path)
-        assert steps_of(tmp_path / path.name) == [6]
+    assert_same_ends(seeds, tmp_path)
+    assert [steps_of(config.run_dir) for config in configs] == [[6]] * 3
 
 
 # --- As on an accelerator, where they are one by vmap -------------------------------
@@ -164,24 +188,24 @@ def test_batched_they_start_as_the_single_run_and_stay_close(batched, seeds, tmp
 
 
 def test_batched_they_resume_to_the_bit(batched, tmp_path, monkeypatch):
-    train_runs(group(tmp_path / "a"), together=3)
+    whole = train_runs(group(tmp_path / "a"), together=3)
     monkeypatch.setattr(train, "CHUNK_S", 0.0)
-    train_with_stops(group(tmp_path / "b"), together=3)
-    for name in "567":
-        assert_same_end(tmp_path / "a" / name, tmp_path / "b" / name)
+    train_until(5, *group(tmp_path / "b"), together=3)
+    train_runs(group(tmp_path / "b"), together=3)
+    assert_same_ends([run.folder for run in whole], tmp_path / "b")
 
 
 def test_batched_another_group_is_warned_of(batched, tmp_path, capsys):
     configs = group(tmp_path)
     train_until(2, configs[1])
     train_until(2, *configs, together=3)
-    assert "seeds_together [6] → [5, 6, 7]" in capsys.readouterr().err
+    assert "seeds_together [1] → [0, 1, 2]" in capsys.readouterr().err
     train_run(configs[1])
     (warning,) = [x for x in capsys.readouterr().err.splitlines() if "warning" in x]
-    assert "seeds_together [5, 6, 7] → [6]" in warning
+    assert "seeds_together [0, 1, 2] → [1]" in warning
     assert "results may no longer be bit-identical" in warning
     *_, entry = folder.read_description(configs[1].run_dir).history
-    assert entry.device["seeds_together"] == [6]
+    assert entry.device["seeds_together"] == [1]
     assert open_run(configs[1].run_dir).step == 6
 
 
@@ -190,15 +214,16 @@ def test_batched_two_groups_follow_each_other(batched, tmp_path):
     groups = [
         folder.read_description(run.folder).device["seeds_together"] for run in runs
     ]
-    assert groups == [[5, 6, 7]] * 3 + [[8]]
+    assert groups == [[0, 1, 2]] * 3 + [[3]]
 
 
 # --- What starts, and what cannot ---------------------------------------------------
 
 
-def test_without_a_common_step_they_start_from_the_parameters_asked_for(tmp_path):
-    source = train_run(small(tmp_path / "source"))
-    more = {"init_from": source.folder, "learning_rate": 1e-30}
+def test_without_a_common_step_they_start_from_the_parameters_asked_for(
+    short_run, tmp_path
+):
+    more = {"init_from": short_run.folder, "learning_rate": 1e-30}
     configs = group(tmp_path, **more)
     train_until(6, *configs, together=3)
     for config, lost in zip(configs, ((3, 4), (6,), ()), strict=True):
@@ -206,38 +231,25 @@ def test_without_a_common_step_they_start_from_the_parameters_asked_for(tmp_path
             shutil.rmtree(config.run_dir / "checkpoints" / str(step))
     runs = train_runs(configs, together=3)
     for run in runs:
-        kernels = (r.params["encoder_0"]["kernel"] for r in (run, source))
+        kernels = (r.params["encoder_0"]["kernel"] for r in (run, short_run))
         np.testing.assert_array_equal(*kernels)
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("together", "fields", "told"),
     [
-        ({"learning_rate": 1e-2}, "differ in train.learning_rate"),
-        ({"objective": Denoising(0.2)}, "differ in objective.name"),
-        ({"data": Digits(num_validation=50)}, "differ in data.num_validation"),
+        (1, {"learning_rate": 1e-2}, "differ in train.learning_rate"),
+        (1, {"objective": Denoising(0.2)}, "differ in objective.name"),
+        (2, {"data": Digits(num_validation=50)}, "differ in data.num_validation"),
+        (2, {"patience": 2}, "train.patience: not for runs that train together"),
+        (2, {"mesh": MeshConfig(1)}, "mesh.data: not for runs that train together"),
+        (2, {"data": Digits(streaming=True)}, "data.streaming: not for runs that"),
     ],
 )
-@pytest.mark.parametrize("together", [1, 2])
-def test_others_than_seeds_are_refused(fields, told, together, tmp_path):
-    configs = group(tmp_path, 2)
-    configs[1] = group(tmp_path, 2, **fields)[1]
+def test_what_cannot_train_together_is_refused(together, fields, told, tmp_path):
+    configs = [*group(tmp_path, 1, **fields), group(tmp_path, 2)[1]]
     with pytest.raises(UserError, match=told):
         train_runs(configs, together=together)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("fields", "name"),
-    [
-        ({"patience": 2}, "train.patience"),
-        ({"mesh": MeshConfig(1)}, "mesh.data"),
-        ({"data": Digits(streaming=True)}, "data.streaming"),
-    ],
-)
-def test_what_each_would_need_alone_is_refused(fields, name, tmp_path):
-    with pytest.raises(UserError, match=f"{name}: not for runs that train together"):
-        train_runs(group(tmp_path, 2, **fields), together=2)
     assert not list(tmp_path.iterdir())
 
 
