@@ -71,7 +71,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="session")
 def short_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of 6 steps, saved at 3, 4 and 6, nothing drawn; read only."""
-    from life import small
+    from life import small  # which imports this module
 
     return train_run(small(tmp_path_factory.mktemp("short") / "run"))
 

@@ -186,11 +186,11 @@ def test_a_run_is_opened_at_any_of_its_steps(which, step, finished_run):
 
 
 @pytest.mark.parametrize(
-    ("which", "told"),
+    ("which", "says"),
     [(22, "no checkpoint of step 22; .* 21, 42, 63"), ("bets", "latest, best or a")],
 )
-def test_a_step_that_is_not_there_is_refused(which, told, finished_run):
-    with pytest.raises(UserError, match=told):
+def test_a_step_that_is_not_there_is_refused(which, says, finished_run):
+    with pytest.raises(UserError, match=says):
         open_run(finished_run.folder, which)
 
 
@@ -214,7 +214,7 @@ def poisoned(options, num_steps):
 
 
 @pytest.mark.parametrize(
-    ("losses", "fields", "told"),
+    ("losses", "fields", "says"),
     [
         ((1, 1, math.inf, 1), {}, "step 2: val/scripted inf"),
         ((1, 1, 1, math.nan, 1), UNVALIDATED, "step 4: grad_norm 1, scripted nan"),
@@ -223,13 +223,13 @@ def poisoned(options, num_steps):
     ],
 )
 def test_nothing_that_is_not_finite_is_saved(
-    losses, fields, told, tmp_path, monkeypatch
+    losses, fields, says, tmp_path, monkeypatch
 ):
-    if "opt_state" in told:
+    if "opt_state" in says:
         monkeypatch.setattr(program, "make_optimizer", poisoned)
-    fields, last = {"checkpoint": CheckpointConfig(keep=9), **fields}, int(told[5]) - 1
+    fields, last = {"checkpoint": CheckpointConfig(keep=9), **fields}, int(says[5]) - 1
     config = scripted(tmp_path / "run", losses, **fields)
-    match = f"diverged at {told}.*; last good checkpoint: step {last};"
+    match = f"diverged at {says}.*; last good checkpoint: step {last};"
     with pytest.raises(Diverged, match=match):
         train_run(config)
     assert steps_of(config.run_dir) == list(range(1, last + 1))

@@ -37,7 +37,7 @@ def test_each_row_is_from_that_epochs_own_checkpoint(asked, step, epochs, finish
     for (_, drawn), expected in zip(rows, [*recons, originals], strict=True):
         np.testing.assert_array_equal(drawn, expected[..., 0])
     if len(recons) > 1:
-        assert np.abs(recons[0] - recons[1]).max() > 1e-3  # they can be told apart
+        assert np.abs(recons[0] - recons[1]).max() > 1e-3  # they differ
 
 
 def test_images_are_those_that_were_chosen(finished_run):

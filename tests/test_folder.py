@@ -273,8 +273,8 @@ DAMAGE = [
     (IMAGES, remove, "images.npz: cannot be read", draw),
     (IMAGES, write(b"x"), "images.npz: cannot be read", draw),
     *(
-        (LAST, damage, f"6: damaged checkpoint: {told}", use)
-        for damage, told in [
+        (LAST, damage, f"6: damaged checkpoint: {says}", use)
+        for damage, says in [
             (remove_within("state"), ""),
             (remove_within("record"), ""),
             (empty_all, ""),
@@ -304,14 +304,14 @@ def copy(short_run, tmp_path):
     return small(tmp_path / "run")
 
 
-@pytest.mark.parametrize(("name", "damage", "told", "use"), DAMAGE)
-def test_damage_is_refused_in_one_line(name, damage, told, use, copy):
+@pytest.mark.parametrize(("name", "damage", "says", "use"), DAMAGE)
+def test_damage_is_refused_in_one_line(name, damage, says, use, copy):
     damage(copy.run_dir / name)
     before = snapshot(copy.run_dir / "checkpoints")
     with pytest.raises(UserError) as caught:
         use(copy)
     message = str(caught.value)
-    assert told in message
+    assert says in message
     assert str(copy.run_dir) in message
     assert "\n" not in message
     assert snapshot(copy.run_dir / "checkpoints") == before

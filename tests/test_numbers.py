@@ -18,7 +18,7 @@ from ae_jax.runs import folder, report
 from ae_jax.runs.trainer import train_run
 
 TRAIN, BATCH, STEPS, EPOCHS = 1336, 300, 5, 3  # the last batch holds 136
-SEED = 1  # one unit is dead, and not the same number in both splits
+SEED = 1  # of which one or two units die, and one lives
 LAYERS = [f"{half}_{i}" for half in ("encoder", "decoder") for i in range(3)]
 
 OPTIONS = {
@@ -210,6 +210,12 @@ def test_summary_json_is_the_last_checkpoints_score_beside_the_baselines(run, lo
     assert next(iter(summary)) == f"train/{loss}"
     assert 0 < summary["first_step_s"] < summary["wall_s"]
     assert 2e7 < summary["peak_memory_bytes"] < 1e11
+
+
+def test_the_epochs_take_less_time_than_the_whole_run(finished_run):
+    times = [row["wall_s"] for row in finished_run.metrics]
+    wall_s = folder.read_summary(finished_run.folder)["wall_s"]
+    assert 0 < max(times) < sum(times) < wall_s
 
 
 def test_the_scores_are_shown_beside_their_names(run):

@@ -259,7 +259,7 @@ def test_ticks_are_whole_epochs_and_a_single_one_is_seen(num_epochs):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_runs_can_be_told_apart_below_their_curves(name):
+def test_runs_look_different_and_are_named_below_their_curves(name):
     (axes,), (legend,) = NUMBERS[name].axes, NUMBERS[name].legends
     looks = {(to_hex(x.get_color()), x.get_linestyle()) for x in axes.lines}
     assert len(looks) == len(axes.lines)

@@ -138,7 +138,7 @@ def test_a_block_of_images_is_scored_as_each_of_them(finished_run):
         np.zeros((2, 64), bool),
     ],
 )
-def test_images_of_another_shape_are_told_the_one_wanted(images, finished_run):
+def test_images_of_another_shape_are_refused_with_the_one_wanted(images, finished_run):
     with pytest.raises(UserError, match=r"takes \[N, 8, 8, 1\] or \[N, 64\], uint8 or"):
         finished_run.encode(images)
 

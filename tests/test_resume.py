@@ -73,12 +73,13 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_run_does(kind, npz, tmp_path, one_step_chunks):
+def test_every_kind_of_run_does(kind, npz, tmp_path):
+    """Stopped within its second epoch."""
     fields = {**TWO_STEPS, **KINDS[kind]}
     if kind == "streamed":
         fields["data"] = replace(npz, streaming=True)
-    _, stops = train_with_stops([small(tmp_path / "stopped", **fields)])
-    assert stops == 4
+    train_until(3, small(tmp_path / "stopped", **fields))
+    train_run(small(tmp_path / "stopped", **fields))
     train_run(small(tmp_path / "run", **fields))
     assert_same_end(tmp_path / "stopped", tmp_path / "run")
 
@@ -97,12 +98,10 @@ def patient(run_dir):
     )
 
 
-def test_a_run_that_loses_patience_is_finished_and_keeps_its_best(
-    tmp_path, one_step_chunks, capsys
-):
+def test_a_run_that_loses_patience_is_finished_and_keeps_its_best(tmp_path, capsys):
     config = patient(tmp_path / "run")
-    (run,), stops = train_with_stops([config])
-    assert stops == 6
+    train_until(5, config)
+    run = train_run(config)
     assert [row["val/scripted"] for row in run.metrics] == [5, 4, 3, 6, 7, 8]
     assert [row["train/scripted"] for row in run.metrics] == [9, 5, 4, 3, 6, 7]
     assert steps_of(run.folder) == [3, 6]  # with keep=1
@@ -176,7 +175,7 @@ def test_more_epochs_later_are_as_many_at_once(tmp_path, short_run):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "says"),
     [
         ({"learning_rate": 2e-3}, "train.learning_rate: the run has 0.001, you asked"),
         ({"seed": 1, "num_epochs": 5}, "train.seed: the run has 0, you asked for 1"),
@@ -189,11 +188,11 @@ def test_more_epochs_later_are_as_many_at_once(tmp_path, short_run):
         ({"data": Digits(num_validation=100)}, "data.num_validation: the run has 101"),
     ],
 )
-def test_another_config_is_refused_and_touches_nothing(fields, told, short_run):
+def test_another_config_is_refused_and_touches_nothing(fields, says, short_run):
     before = snapshot(short_run.folder)
     with pytest.raises(UserError, match="holds another run") as caught:
         train_run(small(short_run.folder, **fields))
-    assert told in str(caught.value)
+    assert says in str(caught.value)
     assert snapshot(short_run.folder) == before
 
 
@@ -215,12 +214,11 @@ def test_data_that_changed_since_are_refused(npz, tmp_path):
     arrays = Digits().load().named()
     arrays["test_images"][0, 0, 0] ^= 1
     np.savez(tmp_path / "other.npz", **arrays)
-    before = snapshot(config.run_dir)
     other = replace(npz, source=tmp_path / "other.npz")
+    before = snapshot(config.run_dir)
     with pytest.raises(UserError, match="trained on other data"):
         train_run(replace(config, data=other))
     assert snapshot(config.run_dir) == before
-    train_run(config)
 
 
 # --- From other parameters ----------------------------------------------------------
@@ -247,7 +245,7 @@ def test_a_run_starts_from_other_parameters_and_resumes_without_them(
 
 
 @pytest.mark.parametrize(
-    ("model", "told"),
+    ("model", "says"),
     [
         (Autoencoder((16, 9)), r"decoder_0\.bias is \[8\], this one's \[9\]"),
         (Autoencoder((8,)), r"decoder_1\.bias is \[16\], this one's \[64\]"),
@@ -258,9 +256,9 @@ def test_a_run_starts_from_other_parameters_and_resumes_without_them(
     ],
 )
 def test_those_of_another_model_are_named_before_anything_is_written(
-    model, told, finished_run, tmp_path
+    model, says, finished_run, tmp_path
 ):
     config = small(tmp_path / "run", init_from=finished_run.folder, model=model)
-    with pytest.raises(UserError, match=f"holds another model's parameters: .*{told}"):
+    with pytest.raises(UserError, match=f"holds another model's parameters: .*{says}"):
         train_run(config)
     assert not config.run_dir.exists()

@@ -236,7 +236,7 @@ def test_without_a_common_step_they_start_from_the_parameters_asked_for(
 
 
 @pytest.mark.parametrize(
-    ("together", "fields", "told"),
+    ("together", "fields", "says"),
     [
         (1, {"learning_rate": 1e-2}, "differ in train.learning_rate"),
         (1, {"objective": Denoising(0.2)}, "differ in objective.name"),
@@ -246,9 +246,9 @@ def test_without_a_common_step_they_start_from_the_parameters_asked_for(
         (2, {"data": Digits(streaming=True)}, "data.streaming: not for runs that"),
     ],
 )
-def test_what_cannot_train_together_is_refused(together, fields, told, tmp_path):
+def test_what_cannot_train_together_is_refused(together, fields, says, tmp_path):
     configs = [*group(tmp_path, 1, **fields), group(tmp_path, 2)[1]]
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=says):
         train_runs(configs, together=together)
     assert not list(tmp_path.iterdir())
 

@@ -61,7 +61,7 @@ def test_a_finished_study_says_so_and_trains_nothing(finished, capsys):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "says"),
     [
         ({"num_seeds": 2}, "num_seeds: the run has 3, you asked for 2"),
         ({"together": 3}, "together: the run has 2, you asked for 3"),
@@ -71,15 +71,15 @@ def test_a_finished_study_says_so_and_trains_nothing(finished, capsys):
         ),
     ],
 )
-def test_another_study_is_refused(finished, fields, told):
-    with pytest.raises(UserError, match=told):
+def test_another_study_is_refused(finished, fields, says):
+    with pytest.raises(UserError, match=says):
         run_seeds(finished[0], **fields)
     with pytest.raises(UserError, match=r"holds a study of experiments\.seeds"):
         run_seeds(finished[0], "collapse")
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "says"),
     [
         ("study.json", '{"format": 2}', "study.json: not a study of this version: e"),
         ("study.json", '{"format": 1, "experiment": "a", "study": {}}', "not a study"),
@@ -90,10 +90,10 @@ def test_another_study_is_refused(finished, fields, told):
         ("summary.json", '{"healthy": 1, "digest": "a"}', "not what was written"),
     ],
 )
-def test_a_damaged_file_is_reported(finished, tmp_path, name, content, told):
+def test_a_damaged_file_is_reported(finished, tmp_path, name, content, says):
     folder = shutil.copytree(finished[0], tmp_path / "study")
     (folder / name).write_text(content)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         run_seeds(folder)
     assert "\n" not in str(caught.value)
 

@@ -271,7 +271,7 @@ def test_fit_pauses_at_block_ends_and_save_steps_and_after_two_seconds(
         planned = in_time
 
 
-def test_fit_ends_when_it_is_told_to_and_resumes_from_there():
+def test_fit_ends_when_it_is_asked_to_and_resumes_from_there():
     made = build()
 
     def go(state, until, on_chunk=lambda *_: True, save_every=0):
