@@ -141,7 +141,7 @@ def test_a_users_own_files_in_a_run_folder_stay(tmp_path, short_run):
     mine = [
         *("notes.txt", "figures/mine.png", "checkpoints/notes", "checkpoints/best.1"),
         *("checkpoints/²", "checkpoints/99999999999", "checkpoints/7.old"),
-        "checkpoints/1.orbax-checkpoint-tmp-mine",
+        *("checkpoints/1.orbax-checkpoint-tmp-1", "checkpoints/a.orbax-checkpoint-tmp"),
     ]
     shutil.copytree(short_run.folder, tmp_path / "run")
     settings = small(tmp_path / "run", checkpoint=CheckpointConfig(keep=1))
