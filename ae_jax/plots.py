@@ -37,7 +37,7 @@ Images: TypeAlias = UInt8[np.ndarray, "n H W C"] | Float[np.ndarray, "n H W C"]
 Curve: TypeAlias = tuple[Sequence[int], Sequence[float]]
 """Numbers of the epochs or steps, and a value for each."""
 
-DPI = 120
+DPI = 150
 
 # Blue, orange and red first: they are those of the outcomes, and the colour-blind can
 # tell them apart.
@@ -384,6 +384,31 @@ def shares(counts: Mapping[str, Mapping[str, int]]) -> Figure:
     axes.set_xlabel("Share of runs")
     axes.grid(axis="y", visible=False)
     figure.legend(loc="outside lower left", ncols=len(COLOURS))
+    return figure
+
+
+@matplotlib.style.context(STYLE)
+def bars(values: Mapping[str, float], xlabel: str, limit: tuple[str, float]) -> Figure:
+    """One number of each contender, the first one's in a colour of its own.
+
+    Args:
+        values: by contender, from the top.
+        xlabel: what they are, with the unit.
+        limit: a name, and the least that is possible; a line across all bars.
+    """
+    figure = Figure((8, 1.4 + 0.4 * len(values)), layout="constrained")
+    axes = figure.add_subplot()
+    colours = [COLOURS[0], *["0.7"] * (len(values) - 1)]
+    drawn = axes.barh(list(values), list(values.values()), color=colours)
+    axes.bar_label(drawn, fmt="{:.2f}", padding=4)
+    axes.axvline(
+        limit[1], color="k", ls="--", lw=1.5, label=f"{limit[0]}, {limit[1]:.2f}"
+    )
+    axes.invert_yaxis()
+    axes.margins(x=0.1)
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="upper right")
     return figure
 
 

@@ -33,6 +33,8 @@ from ae_jax.files import write_json
 from ae_jax.models.dense import Autoencoder
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from ae_jax.runs.results import Table
     from ae_jax.runs.timing import Runner
 
@@ -95,7 +97,9 @@ def main(
     print("\n".join(to_markdown(table) for table in tables if table["rows"]))
     panels = [plots.Panel(**row) for row in found["growth"]]
     plots.save(plots.scaling(panels), json.with_suffix(".png"))
-    print(f"measured: {json}, {json.with_suffix('.png')}")
+    speed = json.with_name(f"{json.stem}_speed.png")
+    plots.save(speed_figure(found), speed)
+    print(f"measured: {json}, {json.with_suffix('.png')}, {speed}")
     if preset == "full":
         write_results(found, tables)
 
@@ -431,6 +435,24 @@ WAYS = {
     "fused": "PyTorch, in memory, fused Adam",
     "compiled": "PyTorch, in memory, fused Adam, `torch.compile`",
 }
+
+
+def speed_figure(found: Row) -> "Figure":
+    """An epoch of each contender beside what the machine takes at least."""
+    from ae_jax import plots
+
+    medians = {
+        name: statistics.median(row[name] for row in found["epoch_s"])
+        for name in found["epoch_s"][0]
+    }
+    values = {
+        WAYS.get(name, name).replace("*", "").replace("`", ""): medians[name]
+        for name in ("ours", *sorted({*medians} - {"ours"}, key=medians.__getitem__))
+    }
+    steps = [limit["step_s"] for limit in found["limit"]]
+    limit = statistics.mean(steps) * found["steps_per_epoch"]
+    xlabel = "time per epoch (s)"
+    return plots.bars(values, xlabel, ("the machine's limit", limit))
 
 
 def speed_table(found: Row) -> "Table":

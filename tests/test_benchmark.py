@@ -1,5 +1,6 @@
 """The benchmark measures what it says; what it measured is no affair of a test."""
 
+import dataclasses
 import itertools
 import time
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 
 from ae_jax import cli
+from ae_jax.config import Config
+from ae_jax.data import Digits
 from ae_jax.files import read_json
 from ae_jax.models.dense import Autoencoder
-from ae_jax.runs import results
+from ae_jax.runs import results, timing
 from experiments import tutorial
 from scripts import benchmark
 
@@ -106,6 +109,48 @@ def test_the_headline_is_that_of_the_rounds(main):
     assert head["share_of_limit"] == pytest.approx(limits / step_s)
 
 
+def test_the_seconds_of_some_steps_are_scaled_to_an_epoch(monkeypatch):
+    from experiments import _contenders
+
+    rounds = [{"ours": 2.0, "fused": 3.0}, {"ours": 2.2, "fused": 3.6}]
+    raced = {"rounds": rounds, "failed": ""}
+    monkeypatch.setattr(_contenders, "race", lambda *args: raced)
+    sizes = dataclasses.replace(TINY, steps=5)
+    images = np.zeros((23 * 64 - 7, 8, 8, 1), np.uint8)
+    found = benchmark.measure_epochs(sizes, images)
+    assert found["steps_per_epoch"] == 23
+    for row, measured in zip(found["epoch_s"], rounds, strict=True):
+        assert row == pytest.approx({k: 23 / 5 * s for k, s in measured.items()})
+
+
+def test_what_grows_is_the_time_of_an_image_and_of_a_seed(monkeypatch):
+    """Where a step takes as many microseconds as it has images, or seeds."""
+    sizes = dataclasses.replace(TINY, batches=(16, 64), widths=(), seeds=(1, 3))
+    monkeypatch.setattr(
+        "ae_jax.runs.timing.make_runner",
+        lambda config, images, seeds=1: config.train.batch_size * seeds / 64,
+    )
+    monkeypatch.setattr(
+        benchmark, "in_turns", lambda runners, turn_s: [64 * n for n in runners]
+    )
+    of_images, of_seeds = benchmark.measure_growth(sizes, np.zeros((64, 8, 8, 1)))
+    assert of_images["y"] == [1, 1]
+    assert of_seeds["y"] == [64, 64]
+
+
+def test_a_seeds_share_of_the_time_is_that_of_one_among_all(monkeypatch):
+    """Together five take three times as long as one: three fifths each."""
+    seconds = {1: 0.5, 5: 1.5}
+    monkeypatch.setattr(
+        timing, "make_runner", lambda config, images, num=1: seconds[num]
+    )
+    monkeypatch.setattr(
+        timing, "stopwatch", lambda runner, num_steps: runner * num_steps
+    )
+    config = Config(data=Digits())
+    assert timing.seed_time_ratio(config, 5) == pytest.approx(3 / 5)
+
+
 def test_the_tables_show_every_contender_and_command(main):
     (speed,) = results.read_tables(main / "results" / "benchmark.json")
     ours = [float(row[3]) for row in speed["rows"] if row[0] == "**ours**"]
@@ -122,7 +167,8 @@ def test_the_tables_show_every_contender_and_command(main):
 
 
 def test_ideal_lines_begin_where_the_measurement_does(main):
-    assert (main / "a.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("a.png", "a_speed.png"):
+        assert (main / name).read_bytes().startswith(b"\x89PNG")
     growth = {row["xlabel"]: row for row in read_json(main / "a.json")["growth"]}
     assert list(growth) == ["batch size", "times the width", "seeds in one program"]
     for row in growth.values():

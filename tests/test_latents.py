@@ -5,7 +5,7 @@ from dataclasses import replace
 import flax.linen as nn
 import numpy as np
 import pytest
-from test_figures import rows_of
+from conftest import shown as pictures_of
 
 from ae_jax import plots
 from ae_jax.runs import figures
@@ -61,7 +61,7 @@ def test_a_row_of_the_traversal_moves_one_unit_through_its_percentiles(
     finished_run, shown
 ):
     latents = finished_run.encode(shown["encoded"])
-    rows = dict(rows_of(finished_run.figure("traversal")))
+    rows = dict(pictures_of(finished_run.figure("traversal")))
     assert list(rows) == [f"Latent unit {i}" for i in range(latents.shape[1])]
     for unit, pictures in enumerate(rows.values()):
         ways = np.tile(np.median(latents, axis=0), (len(figures.PERCENTILES), 1))
@@ -73,7 +73,7 @@ def test_a_row_of_the_traversal_moves_one_unit_through_its_percentiles(
 def test_the_interpolation_runs_from_one_image_to_one_of_another_class(
     finished_run, shown
 ):
-    ((_, row),) = rows_of(finished_run.figure("interpolation"))
+    ((_, row),) = pictures_of(finished_run.figure("interpolation"))
     images, labels = shown["encoded"][..., 0] / np.float32(255), shown["labels"]
     np.testing.assert_array_equal(row[0], images[0])
     other = np.flatnonzero(labels != labels[0])[0]
