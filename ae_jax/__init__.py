@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from ae_jax.runs.run import open_run
     from ae_jax.runs.trainer import train_run as fit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 STARTED = time.monotonic()
 """When the command began, near enough: nothing of ours is imported before."""
 __all__ = ["Config", "fit", "open_run"]

@@ -260,13 +260,14 @@ def seeds(curves: Mapping[str, Sequence[Curve]], loss_name: str = "MSE") -> Figu
         curves: by outcome, such as ``healthy``, the epochs and losses of its seeds.
         loss_name: what the loss is.
     """
-    figure = Figure((8, 5.5), layout="constrained")
+    figure = Figure((7, 4.5), layout="constrained")
     axes = _loss_axes(figure, loss_name)
     for colour, (outcome, chosen) in zip(COLOURS, curves.items(), strict=False):
         number = len(chosen)
         label: str | None = f"{outcome}, {number} seed{'s' * (number != 1)}"
         for epochs, losses in chosen:
-            (line,) = axes.plot(epochs, losses, "o-", color=colour, label=label)
+            mark = "o-" if len(epochs) == 1 else "-"  # a single epoch has no line
+            (line,) = axes.plot(epochs, losses, mark, color=colour, label=label)
             line.set(linewidth=1, markersize=2, alpha=0.6)
             label = None
     legend = figure.legend(loc="outside lower left", ncols=len(curves))

@@ -8,6 +8,7 @@ import pytest
 from conftest import shown as pictures_of
 
 from ae_jax import plots
+from ae_jax.errors import UserError
 from ae_jax.runs import figures
 
 
@@ -93,3 +94,7 @@ def test_a_model_without_a_latent_has_none_of_these_figures(finished_run):
 
     run = replace(finished_run, model=Plain())
     assert not {"latents", "traversal", "interpolation"} & set(figures.applicable(run))
+    with pytest.raises(
+        UserError, match=r"no encode, decode, which traversal needs; it"
+    ):
+        figures.check(run, "traversal")

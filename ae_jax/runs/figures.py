@@ -155,7 +155,10 @@ def check(run: Run, name: str) -> None:
         raise UserError(f"no figure {name!r}{suggest(name, FIGURES)}")
     if not run.has(*FIGURES[name].needs):
         needs = ", ".join(FIGURES[name].needs)
-        raise UserError(f"{run.folder}: its model has no {needs}, which {name} needs")
+        raise UserError(
+            f"{run.folder}: its model has no {needs}, which {name} needs; it can have "
+            f"{', '.join(applicable(run))}"
+        )
 
 
 def make(run: Run, name: str) -> Figure:
