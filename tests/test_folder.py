@@ -32,6 +32,7 @@ def test_the_folder_holds_what_the_contract_says(finished_run):
     assert {path.name for path in (finished_run.folder / "figures").iterdir()} == {
         "images.npz", "samples.png", "training_loss.png",
         "reconstructions_by_epoch.png", "test_reconstructions.png",
+        "latents.png", "traversal.png", "interpolation.png",
     }  # fmt: skip
     assert steps_of(finished_run.folder) == [21, 42, 63]
 
