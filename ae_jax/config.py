@@ -3,7 +3,7 @@
 Every field is an option of the command line (``train.num_epochs`` is
 ``--train.num-epochs``), a key of ``config.json``, and documented by the string under
 it. ``data``, ``model`` and ``objective`` are instances of classes that a name chooses,
-see :mod:`registry`. A field says itself whether it may differ when a run is resumed.
+see :mod:`registry`. Whether a field may differ on resume stands in its metadata.
 """
 
 import dataclasses
@@ -92,7 +92,7 @@ class CheckpointConfig:
     """What is saved while it trains."""
 
     every_steps: NonNegativeInt = 0
-    """Save also every so many updates; 0: at the end of each epoch only."""
+    """Updates between saves within an epoch; 0: save at the end of each epoch only."""
     keep: PositiveInt = 3
     """Newest checkpoints to keep, beside the best one and those that figures show."""
 

@@ -172,7 +172,7 @@ def make_mesh(num_devices: int | None, batch_size: int) -> Mesh:
         batch_size: B, which they must divide.
 
     Raises:
-        UserError: there are not so many, or they cannot share the batch evenly.
+        UserError: there are fewer, or they cannot share the batch evenly.
     """
     num_processes = jax.process_count()
     least = min(len(jax.devices()) // num_processes, jax.local_device_count())
@@ -247,7 +247,7 @@ BLOCK_AXES = Block(images=None, rows=0, first_step=None, end_step=None)  # type:
 
 
 def seed_mesh(num_seeds: int) -> Mesh:
-    """The devices over which so many seeds are split: as many as do it evenly."""
+    """The devices over which seeds are split: the most that divide their number."""
     devices = jax.local_devices()
     even = [n for n in range(1, len(devices) + 1) if num_seeds % n == 0]
     return Mesh(np.array(devices[: even[-1]]), ("seed",))

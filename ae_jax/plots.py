@@ -232,8 +232,8 @@ def loss_curves(curves: Mapping[str, Curve], loss_name: str = "") -> Figure:
     """The training losses of several runs over each other.
 
     Args:
-        curves: for each run, by name, its epochs and their losses. Twelve runs can be
-            told apart; after that, colours and dashes repeat.
+        curves: for each run, by name, its epochs and their losses. Colours and
+            dashes repeat after twelve.
         loss_name: what the loss is, if it is one and the same.
     """
     labels = [textwrap.fill(name, width=80) for name in curves]

@@ -54,7 +54,7 @@ def find_class(section: str, registry: Registry, name: str) -> type[Any]:
     Args:
         section: the option group, for errors.
         registry: name to class.
-        name: what was asked for.
+        name: the unknown one.
 
     Raises:
         UserError: there is none; the nearest name is given.

@@ -49,7 +49,7 @@ class Block(NamedTuple):
 def make_optimizer(
     options: Any, num_steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Adam, with weight decay AdamW, behind a clip if asked for; and its schedule.
+    """Adam or AdamW, behind a clip if there is a ``clip_norm``; and its schedule.
 
     ``options`` has learning_rate, schedule (``constant`` or ``cosine``, which ends at 0
     after ``num_steps``), warmup_steps, weight_decay and clip_norm (or None).
@@ -184,8 +184,9 @@ def fit(
     """Train until a step is reached: the only loop.
 
     It starts wherever ``state.step`` stands, and ends each chunk at the end of a block,
-    at a multiple of ``save_every``, or after about ``CHUNK_S`` seconds; then it asks
-    ``on_chunk(state, step, seconds)``, which must not keep the state, whether to go on.
+    at a multiple of ``save_every``, or after about ``CHUNK_S`` seconds. Then
+    ``on_chunk(state, step, seconds)``, which must not keep the state, returns whether
+    to continue.
     """
     step, planned, going = int(state.step), 1, True
     while going and step < plan.until_step:

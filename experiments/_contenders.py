@@ -27,7 +27,7 @@ from experiments.pytorch_baseline import (
     train_epoch,
 )
 
-Contender = Callable[[int], object]  # trains so many steps
+Contender = Callable[[int], object]  # trains n steps
 
 
 def make_contenders(

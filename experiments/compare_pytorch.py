@@ -67,11 +67,11 @@ def main(comparison: Comparison) -> None:
     """Run the comparison in ``run_dir``, or resume it there.
 
     Raises:
-        UserError: PyTorch is not installed, or its side does not do what is asked for;
+        UserError: PyTorch is not installed, or the baseline does not support an option;
             see also :func:`study.run_study`.
         SystemExit: 1; the two sides are not the same.
     """
-    from experiments import pytorch_baseline  # says it if there is no PyTorch
+    from experiments import pytorch_baseline  # an error of its own without PyTorch
 
     pytorch_baseline.check_options(comparison)
     pytorch_baseline.use_one_thread()  # beside JAX; two fight for the cores

@@ -283,7 +283,7 @@ def fastest_product(shape: tuple[int, int, int]) -> float:
 
 
 def measure_bandwidth(num_bytes: int) -> float:
-    """Bytes a second at which arrays of so many in all are added, by all cores."""
+    """Bytes a second at which all cores add arrays of this size in all."""
     from ae_jax.runs.environment import usable_cores
 
     def add(arrays: list[np.ndarray]) -> None:

@@ -132,7 +132,7 @@ def differing_fields(fields: list[Row]) -> list[str]:
 
 
 def make_table(title: str, rows: list[Row], names: list[str]) -> "Table":
-    """Of each run a row of what is asked for."""
+    """A table with a row for each run and a column for each name."""
 
     def cell(name: str, value: Any) -> str:
         form = FORMATS.get(name, ".5f") if isinstance(value, float) else ""

@@ -147,7 +147,7 @@ def attempt(config: Verification, run_dir: Path, limit_s: float | None) -> int:
 
 
 def last_stderr_line(run_dir: Path) -> str:
-    """What the newest command for a run folder said last."""
+    """The last line that the newest command for a run folder printed."""
     lines = run_dir.with_suffix(".log").read_text(errors="replace").splitlines()
     return lines[-1] if lines else "no message"
 

@@ -120,7 +120,7 @@ def test_a_run_that_diverges_ends_with_status_1(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--run-dir", "README.md/run"), "README.md"),
         (("--run-dir", "docs"), "docs: exists and is not a run folder"),
@@ -129,12 +129,12 @@ def test_a_run_that_diverges_ends_with_status_1(tmp_path):
         (("--data.num-validation", 5000), "data.num_validation: must be below 1437"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_status_2(options, told, tmp_path):
+def test_a_users_mistake_is_one_line_and_status_2(options, message, tmp_path):
     place = () if "--run-dir" in options else ("--run-dir", tmp_path / "run")
     preset = ("--preset", "quick")
     status, out, err = run("-m", "experiments.tutorial", *preset, *place, *options)
     assert (status, out) == (2, "")
-    assert told in error_line(err)
+    assert message in error_line(err)
     assert len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 

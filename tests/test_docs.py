@@ -70,7 +70,7 @@ def test_the_site_is_built_from_every_page_and_notebook(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("[gone](gone.md)", "gone.md"),
         ("```{eval-rst}\n:func:`ae_jax.fitt`\n```", "ae_jax.fitt"),
@@ -78,13 +78,13 @@ def test_the_site_is_built_from_every_page_and_notebook(tmp_path):
     ],
     ids=["link", "reference", "notebook"],
 )
-def test_a_broken_page_fails_the_build(tmp_path, text, told):
+def test_a_broken_page_fails_the_build(tmp_path, text, message):
     head = "---\nfile_format: mystnb\nkernelspec:\n  name: python3\n---\n# Page\n"
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "index.md").write_text(head + text)
     status, said = build(tmp_path / "source", tmp_path / "html")
     assert status != 0
-    assert told in said
+    assert message in said
 
 
 def test_every_module_is_in_the_reference():

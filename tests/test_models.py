@@ -179,15 +179,15 @@ def test_downsample_and_upsample_equal_jaxs_own_convolutions(height):
 
 
 @pytest.mark.parametrize(
-    ("shape", "stages", "told"),
+    ("shape", "stages", "message"),
     [
         ((8, 6, 1), 4, r"model\.hidden: 4 stages.*8×6 pixels; at most 3"),
         ((9, 2, 3), 5, "9×2 pixels; at most 4"),
         ((1, 1, 1), 1, "at most 0"),
     ],
 )
-def test_images_too_small_for_the_stages_are_refused(shape, stages, told):
-    with pytest.raises(UserError, match=told):
+def test_images_too_small_for_the_stages_are_refused(shape, stages, message):
+    with pytest.raises(UserError, match=message):
         ConvAutoencoder(hidden=(4,) * stages).make(shape, "float32")
     net = ConvAutoencoder(hidden=(4,) * (stages - 1)).make(shape, "float32")
     recon = jax.eval_shape(net.init_with_output, KEY, jnp.zeros(shape))[0]

@@ -153,7 +153,7 @@ class Folder(UserImages):
     channels: Literal[1, 3] = 1
     """1 makes all pictures grey, 3 makes them colour."""
     image_size: Annotated[int, Field(gt=0)] | None = None
-    """Each picture is shrunk or enlarged until its shorter side has so many pixels, and
+    """Pixels to a side: each picture is scaled until its shorter side has as many, and
     its middle square is taken. None: all are of one size already."""
     skip_broken: bool = field(default=False, metadata={"resume": "free"})
     """Leave out files that cannot be read, instead of ending at the first one."""

@@ -54,7 +54,7 @@ class DataOptions:
 
 
 class ImageFile:
-    """Images [N, H, W, C] in an .npy file, read when they are asked for.
+    """Images [N, H, W, C] in an .npy file, read when they are indexed.
 
     It is indexed along N as an array is, by a number, a slice or an array of numbers,
     which gives an array. An image is read and not mapped: the pages of a mapping count

@@ -36,7 +36,7 @@ class Lanes:
         """States, all at one step, as one on the devices."""
         if not self._many:
             return devices.replicate(states[0], self.mesh)
-        # Stacked on the host: so many operands would take the compiler minutes.
+        # On the host: a program with each leaf as an operand would compile for minutes.
         numbers = [_on_host(state) for state in states]
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *numbers)
         stacked = _with_key(stacked._replace(step=numbers[0].step), states[0])

@@ -103,7 +103,7 @@ def build(
 
 
 class Compiled:
-    """The program of runs that differ in their seed alone, for so many lanes.
+    """The program of runs that differ in their seed alone, for a number of lanes.
 
     Nothing in it is compiled twice, however many groups of that size it trains.
 
@@ -122,7 +122,7 @@ class Compiled:
         functions: compiled methods, shared by the runs when they are opened.
 
     Raises:
-        UserError: as of :func:`build`; or there are not so many devices.
+        UserError: as of :func:`build`; or there are fewer devices than asked for.
     """
 
     def __init__(

@@ -82,8 +82,8 @@ def write_result(
             raise ValueError(f"{row}: not a cell for each of {columns}")
     date = datetime.datetime.now(datetime.UTC).date()
     found = machine(accelerator or jax.devices()[0].device_kind)
-    said = [tables[-1]["caption"].rstrip("."), f"{_describe(found)}, {date}."]
-    tables[-1] = {**tables[-1], "caption": ". ".join(filter(None, said))}
+    parts = [tables[-1]["caption"].rstrip("."), f"{_describe(found)}, {date}."]
+    tables[-1] = {**tables[-1], "caption": ". ".join(filter(None, parts))}
     result = {
         "experiment": experiment,
         "command": " ".join(["python", *sys.orig_argv[1:]]),

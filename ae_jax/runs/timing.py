@@ -15,11 +15,11 @@ from ae_jax.runs.program import Compiled
 from ae_jax.train import Plan, fit
 
 Runner = Callable[[int], object]
-"""Trains so many more steps, and returns when they are done."""
+"""Trains n more steps, and returns when they are done."""
 
 
 def stopwatch(work: Runner, num_steps: int) -> float:
-    """Seconds that something takes for so many steps."""
+    """Seconds that a runner takes for a number of steps."""
     start = time.perf_counter()
     work(num_steps)
     return time.perf_counter() - start

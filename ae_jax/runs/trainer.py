@@ -146,7 +146,7 @@ def _train_group(
     started: float,
     on_chunk: Callable[[int], object] | None,
 ) -> None:
-    """Train runs in one program, compiled for so many, in folders that are held."""
+    """Train a group of runs in one program; their folders are locked meanwhile."""
     with contextlib.ExitStack() as stack:
         new = _lock_those_there(stack, configs)
         members = [Member(one, started) for one in configs]
@@ -277,7 +277,7 @@ class Group:
         self._start = self._load_start()
 
     def _load_start(self) -> Any:
-        """The parameters to start from, and their digest, if some are asked for."""
+        """The parameters of ``init_from`` and their digest; None: there are none."""
         source = self._config.train.init_from
         if source is None or self._common_step():
             return None
@@ -457,8 +457,7 @@ class Group:
     def _agreed_signal(self) -> int:
         """The signal that came to any of the processes; 0: none has.
 
-        All ask together and go by the answer: one may come to this process alone, and
-        at any moment.
+        All processes ask together: a signal may come to this one alone, at any moment.
         """
         return devices.max_over_processes(self._signals[0] if self._signals else 0)
 
