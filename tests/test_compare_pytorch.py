@@ -1,6 +1,7 @@
 """The comparison with PyTorch: a study of two sides, and a page about it."""
 
 import json
+import runpy
 import sys
 from dataclasses import replace
 
@@ -119,12 +120,27 @@ def test_a_check_that_fails_is_status_1(finished, monkeypatch, capsys):
     assert not compare.check_weights([{"exact": True}, {"exact": False}])["passed"]
 
 
-def test_without_pytorch_it_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, baseline.__name__)
+class NoTorch:
+    """Finds every module but PyTorch, which is not installed."""
+
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError("No module named 'torch'")
+
+
+def test_without_pytorch_one_line_says_what_to_install(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "meta_path", [NoTorch(), *sys.meta_path])
     monkeypatch.delattr("experiments.pytorch_baseline")
-    with pytest.raises(UserError, match="PyTorch is not installed; "):
-        compare.main(replace(TINY, run_dir=tmp_path / "run"))
+    for name in ("torch", baseline.__name__, compare.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr("ae_jax.cli.leave_on_signals", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["", "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(compare.__name__, run_name="__main__")
+    assert end.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: PyTorch is not installed; ")
+    assert shown.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
