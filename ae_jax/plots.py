@@ -440,7 +440,7 @@ def scaling(panels: Sequence[Panel]) -> Figure:
     """
     num_columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     num_rows = math.ceil(len(panels) / num_columns)
-    figure = Figure((4 * num_columns, 3.2 * num_rows + 0.4), layout="constrained")
+    figure = Figure((4.2 * num_columns, 3.2 * num_rows + 0.4), layout="constrained")
     for index, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(num_rows, num_columns, index)
         axes.set(xscale="log", yscale="log")

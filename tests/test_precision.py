@@ -34,7 +34,6 @@ def products_of(jaxpr):
     ("precision", "expected"),
     [
         ("float32", jax.lax.Precision.HIGHEST),
-        ("float64", jax.lax.Precision.HIGHEST),
         ("tf32", jax.lax.Precision.HIGH),
     ],
 )
