@@ -193,7 +193,8 @@ def compare_runs(
     result |= {"tost_p": mean.p, "difference": mean.difference}
     result |= {"low": mean.low, "high": mean.high}
     result["ks_p"] = float(stats.ks_2samp(np.array(a), np.array(b)).pvalue)
-    result["runs_needed"] = runs_needed(relative_spread(b), margin)
+    spread = math.hypot(relative_spread(a), relative_spread(b)) / math.sqrt(2)
+    result["runs_needed"] = runs_needed(spread, margin)
     return result
 
 
