@@ -6,9 +6,10 @@ import sys
 from dataclasses import replace
 
 import pytest
+from conftest import ROOT
 from life import make_runs, snapshot
 
-from ae_jax import data, files
+from ae_jax import data, files, stats
 from ae_jax.config import TrainConfig
 from ae_jax.errors import UserError
 from ae_jax.models.dense import Autoencoder
@@ -182,3 +183,11 @@ def test_only_the_reference_becomes_the_result(finished, monkeypatch):
             "trimmed mean test MSE, healthy": f"{of['trimmed_mean']:.4f}",
             "mean ± sd": f"{of['mean']:.4f} ± {of['sd']:.4f}",
         }
+
+
+def test_the_seeds_of_the_reference_are_enough_by_what_was_known_before():
+    known = files.read_json(ROOT / "experiments" / "results" / "seeds.json")
+    headline, reference = known["headline"], compare.PRESETS["reference"]
+    needed = stats.runs_needed(headline["test/mse/spread"], reference.margin)
+    assert reference.num_seeds * headline["share_healthy"] > 1.5 * needed
+    assert reference.train.seed > max(known["seeds"])

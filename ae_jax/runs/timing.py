@@ -52,7 +52,7 @@ def make_runner(config: Config, images: Any, num_seeds: int = 1) -> Runner:
 
 
 def seed_time_ratio(
-    config: Config, together: int, num_rounds: int = 5, num_steps: int = 200
+    config: Config, together: int, num_rounds: int = 15, num_steps: int = 200
 ) -> float:
     """A seed's time beside others over that of a single run, timed in turns."""
     images = data.load(config.data).train.images
