@@ -401,9 +401,9 @@ def bars(values: Mapping[str, float], xlabel: str, limit: tuple[str, float]) -> 
     axes = figure.add_subplot()
     colours = [COLOURS[0], *["0.7"] * (len(values) - 1)]
     drawn = axes.barh(list(values), list(values.values()), color=colours)
-    axes.bar_label(drawn, fmt="{:.2f}", padding=4)
+    axes.bar_label(drawn, fmt="{:.3g}", padding=4)
     axes.axvline(
-        limit[1], color="k", ls="--", lw=1.5, label=f"{limit[0]}, {limit[1]:.2f}"
+        limit[1], color="k", ls="--", lw=1.5, label=f"{limit[0]}, {limit[1]:.3g}"
     )
     axes.invert_yaxis()
     axes.margins(x=0.1)

@@ -181,6 +181,8 @@ def losses(num_epochs):
     return epochs, [0.03 + 0.03 / epoch for epoch in epochs]
 
 
+COSTS = {"ours": 0.861, "PyTorch, item by item": 4.96, "PyTorch": 2.1}
+
 NUMBERS = {
     **{f"{n} epochs": plots.training_loss(*losses(n)) for n in (1, 2, 30, 1000)},
     "validation": plots.training_loss(EPOCHS, LOSSES, "BCE", HIGHER),
@@ -192,6 +194,7 @@ NUMBERS = {
     "outcomes": plots.outcomes(OUTCOMES, "Test MSE"),
     **{f"{2 * n} panels": plots.scaling(PANELS * n) for n in (1, 3)},
     "1 panel": plots.scaling(PANELS[:1]),
+    "bars": plots.bars(COSTS, "time (s)", ("the limit", 0.5)),
 }
 
 
@@ -296,6 +299,17 @@ def test_bars_are_the_shares_of_a_settings_runs_from_the_top():
     assert [text.get_text() for text in axes.get_yticklabels()] == list(SHARES)
     assert axes.yaxis_inverted()
     assert legend_of("shares") == ["healthy", "part-dead", "collapsed"]
+
+
+def test_bars_are_the_numbers_beside_the_limit():
+    (axes,) = NUMBERS["bars"].axes
+    assert [bar.get_width() for bar in axes.containers[0]] == list(COSTS.values())
+    assert [text.get_text() for text in axes.get_yticklabels()] == list(COSTS)
+    assert [text.get_text() for text in axes.texts] == ["0.861", "4.96", "2.1"]
+    assert axes.yaxis_inverted()
+    (limit,) = axes.lines
+    assert set(limit.get_xdata()) == {0.5}
+    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["the limit, 0.5"]
 
 
 def test_each_panel_has_its_points_and_their_ideal():
