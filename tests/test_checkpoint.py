@@ -297,3 +297,10 @@ def test_a_save_that_fails_in_the_background_is_not_lost(tmp_path, monkeypatch):
             train_run(config)
     assert steps_of(config.run_dir) == [2]
     assert train_run(config).step == 6
+
+
+@pytest.mark.parametrize("name", ["075", "7e1", "٧٥", "-75", "75.old"])
+def test_a_folder_of_a_name_that_we_do_not_give_is_no_step(tmp_path, name):
+    for folder in ("75", name):
+        (tmp_path / folder).mkdir()
+    assert Checkpoints(tmp_path).steps == [75]

@@ -150,7 +150,8 @@ def _forget(error: BaseException | None) -> None:
 
 def _is_step(name: str) -> bool:
     """Whether a folder has a name that we give; of another it is not ours."""
-    return name.isascii() and name.isdecimal() and int(name) < 2**31
+    ours = name.isascii() and name.isdecimal() and int(name) < 2**31
+    return ours and name == str(int(name))
 
 
 def _remove_folder(path: Path) -> None:
