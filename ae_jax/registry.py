@@ -54,7 +54,7 @@ def find_class(section: str, registry: Registry, name: str) -> type[Any]:
     Args:
         section: the option group, for errors.
         registry: name to class.
-        name: the unknown one.
+        name: one of the registry, or ``module:Class``.
 
     Raises:
         UserError: there is none; the nearest name is given.

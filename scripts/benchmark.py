@@ -409,9 +409,8 @@ def conclude(found: Row) -> Row:
     cached, theirs = found["cached"], found.get("pytorch")
     step_s = statistics.median(row["ours"] for row in found["epoch_s"])
     step_s /= found["steps_per_epoch"]
-    limit_s = statistics.mean(limit["step_s"] for limit in found["limit"])
     headline = {
-        "share_of_limit": limit_s / step_s,
+        "share_of_limit": limit_step_s(found) / step_s,
         "first_step_cold_s": found["cold"]["first_step_s"],
         "first_step_cached_s": cached["first_step_s"],
     }
@@ -425,6 +424,11 @@ def conclude(found: Row) -> Row:
             "peak_memory_ratio": memory,
         }
     return headline
+
+
+def limit_step_s(found: Row) -> float:
+    """Seconds of a step at the machine's limit: the mean of before and after."""
+    return statistics.mean(limit["step_s"] for limit in found["limit"])
 
 
 WAYS = {
@@ -449,10 +453,8 @@ def speed_figure(found: Row) -> "Figure":
         WAYS.get(name, name).replace("*", "").replace("`", ""): medians[name]
         for name in ("ours", *sorted({*medians} - {"ours"}, key=medians.__getitem__))
     }
-    steps = [limit["step_s"] for limit in found["limit"]]
-    limit = statistics.mean(steps) * found["steps_per_epoch"]
-    xlabel = "time per epoch (s)"
-    return plots.bars(values, xlabel, ("the machine's limit", limit))
+    limit = limit_step_s(found) * found["steps_per_epoch"]
+    return plots.bars(values, "time per epoch (s)", ("the machine's limit", limit))
 
 
 def speed_table(found: Row) -> "Table":

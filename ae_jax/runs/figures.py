@@ -17,6 +17,7 @@ from ae_jax import plots
 from ae_jax.errors import UserError, suggest
 from ae_jax.runs.folder import WRITE_AGAIN, loss_name_of
 from ae_jax.runs.run import Run
+from ae_jax.train import scale
 
 IMAGES = ("samples", "train", "test", "encoded")
 
@@ -89,8 +90,7 @@ def traversal(run: Run) -> Figure:
     """
     latents = run.encode(read_images(run.folder)["encoded"])
     units = np.sort(np.argsort(-latents.var(axis=0))[:10])
-    ways = np.repeat(np.median(latents, axis=0)[None, None], len(PERCENTILES), axis=1)
-    ways = np.repeat(ways, len(units), axis=0)  # [units, percentiles, K]
+    ways = np.tile(np.median(latents, axis=0), (len(units), len(PERCENTILES), 1))
     for way, unit in zip(ways, units, strict=True):
         way[:, unit] = np.percentile(latents[:, unit], PERCENTILES)
     images = run.decode(ways.reshape(-1, latents.shape[1]))
@@ -107,8 +107,8 @@ def interpolation(run: Run) -> Figure:
     ends = images[[0, other or len(images) - 1]]
     start, end = run.encode(ends)
     way = np.linspace(start, end, num=10, dtype=start.dtype)
-    white = np.float32(255)
-    row = np.concatenate([ends[:1] / white, run.decode(way), ends[1:] / white])
+    first, last = np.split(scale(ends, start.dtype), 2)
+    row = np.concatenate([first, run.decode(way), last])
     return plots.image_rows({"Original, steps of the latent, original": row})
 
 
