@@ -51,11 +51,10 @@ def make_runner(config: Config, images: Any, num_seeds: int = 1) -> Runner:
     return run
 
 
-def seed_time_ratio(
-    config: Config, together: int, num_rounds: int = 15, num_steps: int = 200
-) -> float:
-    """A seed's time beside others over that of a single run, timed in turns."""
+def seed_time_ratio(config: Config, together: int, num_rounds: int = 15) -> float:
+    """A seed's epoch beside others over that of a single run, timed in turns."""
     images = data.load(config.data).train.images
+    num_steps = -(-len(images) // config.train.batch_size)
     many, alone = make_runner(config, images, together), make_runner(config, images)
     ratios = [
         stopwatch(many, num_steps) / (together * stopwatch(alone, num_steps))
