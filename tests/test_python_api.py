@@ -11,8 +11,10 @@ import threading
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from life import assert_same_end, small, snapshot, train_until
 
 import ae_jax
@@ -106,8 +108,14 @@ def test_images_go_in_in_any_form_and_come_out_as_images(finished_run):
     floats = images / 255
     latents, recon = finished_run.encode(images), finished_run.reconstruct(images)
     assert (latents.shape, recon.shape) == ((7, 3), images.shape)
-    for form in (images.reshape(7, 64), images[..., 0], floats, np.float32(floats)):
+    kinds = [images.tolist(), np.int64(images), np.uint16(images), jnp.array(images)]
+    kinds += [np.float32(floats), floats.tolist(), torch.from_numpy(floats).float()]
+    for form in (images.reshape(7, 64), images[..., 0], floats, *kinds):
         np.testing.assert_allclose(finished_run.encode(form), latents, atol=1e-6)
+    halves = jnp.array(floats, jnp.bfloat16)  # which NumPy does not know
+    np.testing.assert_allclose(
+        finished_run.encode(halves), finished_run.encode(np.float32(halves))
+    )
     np.testing.assert_allclose(finished_run.decode(latents), recon, rtol=1e-6)
     scores = finished_run.scores(images)["mse"]
     np.testing.assert_allclose(
@@ -141,6 +149,47 @@ def test_a_block_of_images_is_scored_as_each_of_them(finished_run):
 def test_images_of_another_shape_are_refused_with_the_one_wanted(images, finished_run):
     with pytest.raises(UserError, match=r"takes \[N, 8, 8, 1\] or \[N, 64\], uint8 or"):
         finished_run.encode(images)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.full((2, 64), 255.0), "floats from 255 to 255; this run takes"),
+        (np.full((2, 64), np.nan), "floats from nan to nan; this run takes"),
+        (np.full((2, 64), -0.1), "floats from -0.1 to -0.1; this run takes"),
+        (np.full((2, 64), 256), "integers from 256 to 256, and not bytes"),
+        (np.full((2, 64), -1), "integers from -1 to -1, and not bytes"),
+        (np.eye(2, 64, dtype=int), "integers from 0 to 1, and not bytes"),
+        (np.zeros((8, 8, 1)), r"images are \[8, 8, 1\].*of one image give image"),
+        (torch.zeros(2, 64, requires_grad=True), "NumPy cannot take them: Can't call"),
+        ([[0.5], [0.5, 0.5]], "NumPy cannot take them: setting an array element"),
+        (np.full((2, 64), "a"), "images are .* of <U1"),
+    ],
+)
+def test_images_of_another_scale_are_refused(images, message, finished_run):
+    """Scaled wrongly, they would be reconstructed badly, and no more be said."""
+    for method in (finished_run.reconstruct, finished_run.scores):
+        with pytest.raises(UserError, match=message):
+            method(images)
+
+
+def test_floats_may_leave_their_range_by_rounding(finished_run):
+    rounded = np.full((1, 64), 1 + 1e-6)
+    assert np.isfinite(finished_run.encode(rounded)).all()
+
+
+def test_latents_are_numbers_as_they_are(finished_run):
+    latents = np.array([[1, 2, 3], [0, 20, 1]])
+    images = finished_run.decode(latents / 1.0)
+    for form in (latents, np.uint8(latents), latents.tolist(), torch.tensor(latents)):
+        np.testing.assert_allclose(finished_run.decode(form), images)
+    for wrong, message in (
+        (latents[:, :2], r"latents are \[2, 2\].*takes \[N, 3\]"),
+        (latents[0], r"takes \[N, 3\].*of one latent give latent"),
+        (latents * np.nan, "latents are not finite"),
+    ):
+        with pytest.raises(UserError, match=message):
+            finished_run.decode(wrong)
 
 
 def test_a_run_is_pickled_as_its_folder_and_step(finished_run):

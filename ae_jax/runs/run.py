@@ -27,6 +27,7 @@ from ae_jax.runs.folder import (
     loss_name_of,
     read_description,
 )
+from ae_jax.runs.inputs import as_images, as_latents
 from ae_jax.train import Params, scale
 
 if TYPE_CHECKING:
@@ -105,8 +106,8 @@ def can_die(config: Config) -> bool:
 class Run:
     """A run at one of its checkpoints. All it returns is NumPy's.
 
-    Images go in as [N, H, W, C] or [N, D], uint8 or floats in [0, 1], and come out as
-    [N, H, W, C]; latents are [N, K].
+    Images go in as [N, H, W, C] or [N, D], bytes or floats in [0, 1], see
+    :func:`as_images`, and come out as [N, H, W, C]; latents are [N, K].
 
     Attributes:
         folder: the run folder.
@@ -150,15 +151,16 @@ class Run:
 
     def encode(self, images: Any) -> Float[np.ndarray, "N K"]:
         """Latents of images."""
-        return self._apply("encode", self._as_images(images))
+        return self._apply("encode", as_images(images, self.shape))
 
-    def decode(self, latents: Float[Any, "N K"]) -> Float[np.ndarray, "N H W C"]:
-        """Images of latents, pixels in [0, 1]."""
-        return self._apply("decode", np.asarray(latents))
+    def decode(self, latents: Any) -> Float[np.ndarray, "N H W C"]:
+        """Images of latents [N, K], pixels in [0, 1]."""
+        shape = self.encode(np.zeros((0, *self.shape), np.uint8)).shape[1:]
+        return self._apply("decode", as_latents(latents, shape))
 
     def reconstruct(self, images: Any) -> Float[np.ndarray, "N H W C"]:
         """What the model makes of images, pixels in [0, 1]."""
-        return self._apply("__call__", self._as_images(images))
+        return self._apply("__call__", as_images(images, self.shape))
 
     def has(self, *methods: str) -> bool:
         """Whether the model can do all of these, ``encode`` say."""
@@ -179,7 +181,7 @@ class Run:
                 function = self._own_scores(seed)
             else:
                 function = jax.jit(scores_of(objective, self.model, seed))
-            return in_blocks(function, self.params, self._as_images(images))
+            return in_blocks(function, self.params, as_images(images, self.shape))
 
     def score_split(self, images: Any) -> dict[str, float]:
         """The means of :meth:`scores` over a split, and how it is reconstructed.
@@ -187,7 +189,7 @@ class Run:
         ``mse``, ``psnr_db`` and ``ssim`` are those of :meth:`reconstruct`, for any
         model with encode and decode.
         """
-        images = self._as_images(images)
+        images = as_images(images, self.shape)
         means = metrics.mean_metrics(self.scores(images))
         if self.has("encode", "decode"):
             with devices.numerics(self.config.train.precision):
@@ -242,26 +244,6 @@ class Run:
     def _apply(self, method: str, inputs: Any) -> Any:
         with devices.numerics(self.config.train.precision):
             return in_blocks(self._function(method), self.params, inputs)
-
-    def _as_images(self, images: Any) -> Any:
-        """Images as the model takes them; those on disk stay there.
-
-        Raises:
-            UserError: they are of another shape; names the one wanted.
-        """
-        if isinstance(images, data.ImageFile) and images.shape[1:] == self.shape:
-            return images
-        images = np.asarray(images)
-        height, width, channels = self.shape
-        pixels = height * width * channels
-        shapes = [self.shape, (pixels,), *[(height, width)] * (channels == 1)]
-        if images.shape[1:] not in shapes or images.dtype.kind not in "uf":
-            raise UserError(
-                f"images are {list(images.shape)} of {images.dtype}; this run takes "
-                f"[N, {height}, {width}, {channels}] or [N, {pixels}], uint8 or floats "
-                "in [0, 1]"
-            )
-        return images.reshape(-1, *self.shape)
 
 
 def open_run(run_dir: Path | str, which: str | int = "latest") -> Run:
