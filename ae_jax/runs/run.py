@@ -107,7 +107,8 @@ class Run:
     """A run at one of its checkpoints. All it returns is NumPy's.
 
     Images go in as [N, H, W, C] or [N, D], bytes or floats in [0, 1], see
-    :func:`as_images`, and come out as [N, H, W, C]; latents are [N, K].
+    :func:`ae_jax.runs.inputs.as_images`, and come out as [N, H, W, C]; latents are
+    [N, K].
 
     Attributes:
         folder: the run folder.
