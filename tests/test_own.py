@@ -34,11 +34,12 @@ def folder(tmp_path):
 
 
 def fill(folder, count=10, shape=(4, 6), start=0):
-    """Save so many grey pictures, each of one level: number i of level i."""
+    """Save so many grey pictures: number i of level i, but for a white last pixel."""
     folder.mkdir(exist_ok=True, parents=True)
     for level in range(start, start + count):
-        picture = Image.fromarray(np.full(shape, level, np.uint8))
-        picture.save(folder / f"{level:03}.png")
+        pixels = np.full(shape, level, np.uint8)
+        pixels[-1, -1] = 255
+        Image.fromarray(pixels).save(folder / f"{level:03}.png")
 
 
 def decoded(path, channels, **fields):
@@ -73,6 +74,9 @@ PICTURES = {
     "black or white.png": (BLACK_OR_WHITE, "1", BLACK_OR_WHITE),
     "16 bits.png": (DEEP, None, np.round(DEEP / 257)),
     "glass.png": (GLASS, None, np.array([[0, 255, 204]])),
+    "colours.bmp": (COLOURS, None, COLOURS),
+    "palette.gif": (HALVES, "P", HALVES),
+    "16 bits.tiff": (DEEP, None, np.round(DEEP / 257)),
     "grey glass.png": (GLASS, "LA", np.array([[0, 255, 204]])),
     "palette of glass.png": (GLASS, "P", np.array([[0, 255, 204]])),
     "palette.png": (HALVES, "P", HALVES),
@@ -193,6 +197,73 @@ def test_the_place_of_a_folder_does_not_matter_but_its_content_does(folder):
     assert sorted(levels(again.train, again.test)) == list(range(13))
 
 
+def test_splits_that_the_folder_makes_are_taken(folder, capfd):
+    """Split again at random, nine of ten of the test pictures would be trained on."""
+    for place, levels_of in {
+        "Train/cat": range(3), "Train/dog": range(3, 8), "test/dog": range(8, 10),
+        "test/emu": range(10, 11), "masks": range(100, 104), "validation": [105],
+    }.items():  # fmt: skip
+        for level in levels_of:
+            fill(folder / place, 1, start=level)
+    dataset = data.load(folder_of(folder))
+    found = [
+        sorted(zip(levels(split), split.labels.tolist(), strict=True))
+        for split in (dataset.train, dataset.test)
+    ]
+    assert found == [
+        [(level, int(level > 2)) for level in range(8)],
+        [(8, 1), (9, 1), (10, 2)],
+    ]
+    _, passed, labels = capfd.readouterr().err.splitlines()
+    assert passed == "passed over 5 files (5 .png), as masks/100.png"
+    assert labels == "labels, from 0: cat (3), dog (7), emu (1)"
+    shutil.rmtree(folder / "test")
+    with pytest.raises(UserError, match="holds train and validation, but no test"):
+        data.load(folder_of(folder))
+    shutil.rmtree(
+        folder / "validation"
+    )  # train is a label then, as in a folder of cars
+    assert len(data.load(folder_of(folder)).test.labels) == 1
+    (folder / "test").mkdir()
+    (folder / "test" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="train or test is empty"):
+        data.load(folder_of(folder, skip_broken=True))
+
+
+TWELVE_BITS = np.array([[0, 819, 1638], [2457, 3276, 4095]], np.uint16)
+MASK = np.array([[0, 1, 0], [1, 1, 0]], np.uint8)
+
+
+@pytest.mark.parametrize(("array", "white"), [(TWELVE_BITS, 4095), (MASK, 1)])
+def test_a_range_that_is_not_used_is_reported_and_may_be_given(
+    folder, capfd, array, white
+):
+    Image.fromarray(array).save(folder / "a.png")
+    highest = 65535 if array.dtype == np.uint16 else 255
+    np.testing.assert_array_equal(
+        decoded(folder / "a.png", 1), np.round(array * (255 / highest))
+    )
+    brightest = round(int(array.max()) * 255 / highest)
+    assert f"all images is {brightest}, of 255; the value" in capfd.readouterr().err
+    stretched = decoded(folder / "a.png", 3, white=white)
+    np.testing.assert_array_equal(stretched[..., 2], np.round(array * (255 / white)))
+    assert "brightest" not in capfd.readouterr().err
+    Image.fromarray(np.full((2, 2), 9, np.uint8)).save(folder / "b.png")
+    with pytest.raises(UserError, match=r"pixels from 9 to 9, where data\.white is 8"):
+        decoded(folder / "b.png", 1, white=8)
+
+
+def test_what_is_transparent_is_reported_if_it_hides_all(folder, capfd):
+    icon = np.full((4, 4, 4), 255, np.uint8)
+    icon[1:3, :, 3] = 0
+    Image.fromarray(icon).save(folder / "icon.png")
+    assert (decoded(folder / "icon.png", 1) == 255).all()
+    assert "2 of 2 pictures are of one colour, as a.png" in capfd.readouterr().err
+    shown = decoded(folder / "icon.png", 1, background="black")
+    np.testing.assert_array_equal(shown, icon[..., 3])
+    assert "colour" not in capfd.readouterr().err
+
+
 def test_odd_files_are_passed_over_and_odd_names_are_not(folder, capfd):
     fill(folder, 5)
     fill(folder / ".hidden", 1, start=100)
@@ -211,8 +282,14 @@ def test_odd_files_are_passed_over_and_odd_names_are_not(folder, capfd):
             Image.new("L", (6, 4), level).save(file, "PNG")  # the content counts
     dataset = data.load(folder_of(folder, test_share=0.3))
     assert sorted(levels(dataset.train, dataset.test)) == list(range(10))
-    message = capfd.readouterr().err
-    assert message == f"preparing 10 pictures of {folder} (once) …\n"
+    said = capfd.readouterr().err.splitlines()
+    assert said == [
+        f"preparing 10 pictures of {folder} (once) …",
+        "passed over 1 file (1 .txt), as notes.txt",
+        "labels, from 0: . (8), again (1), linked (1)",
+        "3 of 10 pictures are of one colour, as 'a\\nb.JPEG'; what is transparent is "
+        "made white, see --data.background",
+    ]
 
 
 def truncated(path):
@@ -221,10 +298,16 @@ def truncated(path):
     path.write_bytes(whole.getvalue()[:100])
 
 
+GREY_PAGE = Image.new("L", (4, 6))
 BROKEN = {
     "truncated": (truncated, ""),
     "empty": (lambda path: path.write_bytes(b""), "no PNG, JPEG, WEBP"),
-    "gif": (lambda path: Image.new("L", (4, 6)).save(path, "GIF"), "no PNG, JPEG"),
+    "ico": (lambda path: Image.new("L", (4, 6)).save(path, "ICO"), "no PNG, JPEG"),
+    "pages": (
+        lambda p: GREY_PAGE.save(p, "TIFF", save_all=True, append_images=[GREY_PAGE]),
+        "several pages",
+    ),
+    "floats": (lambda p: Image.new("F", (6, 4)).save(p, "TIFF"), "pixels are floats"),
     "dangling": (lambda path: path.symlink_to("nowhere"), "No such file"),
     "round": (lambda path: path.symlink_to(path), "Too many levels"),
     "bomb": (lambda p: Image.new("1", (10, 15)).save(p), "decompression bomb"),
@@ -254,7 +337,7 @@ def test_broken_files_are_left_out_and_counted_if_asked(folder, monkeypatch, cap
     dataset = data.load(folder_of(folder, skip_broken=True))
     assert sorted(levels(dataset.train, dataset.test)) == list(range(20))
     message = capfd.readouterr().err.splitlines()[-1]
-    assert message.startswith("left out 8 files that cannot be read, as bigger.png: ")
+    assert message.startswith("left out 10 files that cannot be read, as bigger.png: ")
     again = data.load(folder_of(folder, skip_broken=True))
     assert (again.source, again.fingerprint) == ("prepared", dataset.fingerprint)
     with pytest.raises(UserError, match=r"bigger\.png"):
@@ -268,7 +351,7 @@ def fill_crosswise(folder):
 
 BAD_FOLDERS = {
     "empty": (lambda folder: None, r"holds no picture \(no \.png, \.jpg"),
-    "other endings": (lambda f: (f / "a.gif").write_bytes(b""), "holds no picture"),
+    "other endings": (lambda f: (f / "a.svg").write_bytes(b""), "holds no picture"),
     "missing": (Path.rmdir, "is not there"),
     "a file": (lambda f: (f.rmdir(), f.write_bytes(b"")), "is not a folder; .* npz"),
     "none readable": (lambda f: (f / "a.png").write_bytes(b""), r"a\.png: no PNG"),
@@ -371,10 +454,13 @@ def test_a_file_is_unpacked_once_into_what_it_is_in_memory(tmp_path, capfd, writ
             assert (len(whole.train.labels), len(whole.test.labels)) == (27, 3)
             for images, rows in (whole.train, whole.test):
                 np.testing.assert_array_equal(images[..., 0], arrays["images"][rows])
-        for message in (f"unpacking {path} (once) …\n", ""):
+        capfd.readouterr()
+        for unpacks in (True, False):
             streamed = data.load(npz_of(path, streaming=True))
             assert streamed.describe() == whole.describe()
-            assert capfd.readouterr().err == message
+            said = capfd.readouterr().err
+            assert said.startswith(f"unpacking {path} (once) …\n" if unpacks else "")
+            assert bool(said) == unpacks
             assert isinstance(streamed.train.images, ImageFile)
             for part in ("train", "test"):
                 ours, theirs = getattr(streamed, part), getattr(whole, part)
@@ -383,7 +469,7 @@ def test_a_file_is_unpacked_once_into_what_it_is_in_memory(tmp_path, capfd, writ
     assert not list((tmp_path / "data").glob("*/incomplete.*"))
 
 
-def test_given_splits_are_taken_as_they_are_and_labels_may_be_absent(tmp_path):
+def test_given_splits_are_taken_as_they_are_and_labels_may_be_absent(tmp_path, capfd):
     train, test = np.asfortranarray(noise(4, 3, 2, 3)), noise(2, 3, 2, 3)
     path = tmp_path / "a.npz"
     np.savez(path, train_images=train, test_images=test)
@@ -392,6 +478,14 @@ def test_given_splits_are_taken_as_they_are_and_labels_may_be_absent(tmp_path):
     np.testing.assert_array_equal(dataset.test.images, test)
     assert not dataset.train.labels.any()
     assert not (tmp_path / "data").exists()
+    masks = {"images": train // 128, "masks": test, "train_labels": np.zeros(4)}
+    np.savez(tmp_path / "b.npz", **masks)
+    capfd.readouterr()
+    data.load(npz_of(tmp_path / "b.npz"))
+    assert capfd.readouterr().err.splitlines() == [
+        f"{tmp_path / 'b.npz'}: not used: masks, train_labels",
+        f"{tmp_path / 'b.npz'}: the brightest pixel of all images is 1, of 255",
+    ]
     with pytest.raises(UserError, match="Fortran's order cannot be streamed"):
         data.load(npz_of(path, streaming=True))
 

@@ -2,9 +2,13 @@
 
 A folder of pictures is decoded once, into a stored set named after what is in it, so
 that training never waits for a decoder; so is a file whose images are streamed. What
-is in a picture's file counts, not its ending: PNG, JPEG or WebP.
+is in a picture's file counts, not its ending.
+
+What would train without a word and mean nothing is reported: images that are all dark,
+or of one colour, and files and arrays that nothing is done with.
 """
 
+import collections
 import hashlib
 import math
 import os
@@ -16,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Bool, Integer, UInt8
 from pydantic import Field
 
 from ae_jax.data import stored
@@ -27,9 +31,13 @@ from ae_jax.options import options
 if TYPE_CHECKING:
     from PIL import Image
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Files that have one of these, in whatever case, are taken for pictures."""
-FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+DARK = 64
+"""Of 255; if no pixel of any image is as bright, their range is another, it seems."""
+HELD_OUT = {"val", "valid", "validation", "dev", "eval"}
+"""Folders beside train/ that no one means as a label."""
 
 
 @options
@@ -61,21 +69,32 @@ class UserImages(DataOptions):
         digest.update(repr(content).encode())
         return self.dir / f"{type(self).__name__.lower()}-{digest.hexdigest()[:12]}"
 
-    def _split(self, images: Any, labels: Integer[np.ndarray, "N"]) -> Arrays:
-        """Shuffle by the seed; the first ones are the test split: one at least."""
+    def _split(
+        self,
+        images: Any,
+        labels: Integer[np.ndarray, "N"],
+        is_test: Bool[np.ndarray, "N"] | None = None,
+    ) -> Arrays:
+        """Shuffle by the seed; the first ones are the test split: one at least.
+
+        ``is_test`` says which they are, where that is known.
+        """
         count = len(labels)
         if count < 2:
             raise UserError(
                 f"data.source: {self.source} has {count} readable image{'s'[count:]}; "
                 "to train and to test takes two or more"
             )
-        num_test = min(max(1, round(self.test_share * count)), count - 1)
         order = np.random.default_rng(self.split_seed).permutation(count)
-        parts = (
-            (stored.take(images, rows), labels[rows])
-            for rows in (order[num_test:], order[:num_test])
-        )
-        return Arrays(*next(parts), *next(parts))
+        if is_test is None:
+            num_test = min(max(1, round(self.test_share * count)), count - 1)
+            parts = order[num_test:], order[:num_test]
+        else:
+            parts = order[~is_test[order]], order[is_test[order]]
+            if not (len(parts[0]) and len(parts[1])):
+                raise UserError(f"data.source: {self.source}: train or test is empty")
+        train, test = ((stored.take(images, rows), labels[rows]) for rows in parts)
+        return Arrays(*train, *test)
 
 
 @options
@@ -108,7 +127,7 @@ class Npz(UserImages):
         return stored.read_stored(folder, "file", streaming=True)
 
     def _read(self, path: Path, unpack_to: Path | None = None) -> Arrays:
-        parts = list[Any]()
+        parts, used = list[Any](), set[str]()
         try:
             # NumPy would leave a damaged file open, if it were to open it itself.
             with path.open("rb") as file, np.load(file) as archive:
@@ -126,12 +145,17 @@ class Npz(UserImages):
                     labels = archive.get(f"{prefix}labels", np.zeros(len(images), "u1"))
                     stored.check_labels(f"{path}: {prefix}labels", labels, len(images))
                     parts += [images, labels]
+                    used |= {name, f"{prefix}labels"}
         except (OSError, MemoryError, UserError):
             raise
         except Exception as error:  # zipfile, zlib and NumPy each raise their own
             raise UserError(
                 f"{path}: damaged, or no .npz file ({error}); write it by np.savez"
             ) from error
+        if unused := sorted(set(names) - used):
+            say(f"{path}: not used: {', '.join(map(_show, unused))}")
+        if (brightest := _look_at(parts[0])[0]) < DARK:
+            say(f"{path}: {_dark(brightest)}")
         arrays = Arrays(*parts) if len(parts) == 4 else self._split(*parts)
         return arrays._replace(source="file")
 
@@ -146,15 +170,40 @@ def _read_images(archive: Any, name: str, unpack_to: Path | None) -> Any:
     return ImageFile(place)
 
 
+def _look_at(images: Any) -> tuple[int, list[int]]:
+    """The brightest pixel of images, and which of them are of one colour."""
+    brightest, plain = 0, list[int]()
+    step = max(1, stored.BLOCK_BYTES // math.prod(images.shape[1:]))
+    for start in range(0, len(images), step):
+        block = images[start : start + step]
+        brightest = max(brightest, int(block.max()))
+        alike = (block == block[:, :1, :1]).all((1, 2, 3))
+        plain += (start + np.flatnonzero(alike)).tolist()
+    return brightest, plain
+
+
+def _dark(brightest: int) -> str:
+    return f"the brightest pixel of all images is {brightest}, of 255"
+
+
 @options
 class Folder(UserImages):
-    """A folder of pictures; its subfolders of the first level give the labels."""
+    """A folder of pictures; its subfolders of the first level give the labels.
+
+    Where these are ``train`` and ``test``, they are the splits, and their own
+    subfolders give the labels.
+    """
 
     channels: Literal[1, 3] = 1
     """1 makes all pictures grey, 3 makes them colour."""
     image_size: Annotated[int, Field(gt=0)] | None = None
     """Pixels to a side: each picture is scaled until its shorter side has as many, and
     its middle square is taken. None: all are of one size already."""
+    white: Annotated[int, Field(gt=0, lt=2**16)] | None = None
+    """The pixel value that is white: 4095 where 12 bits are kept in 16. None: the
+    highest there can be, 255 or, of 16 bits, 65535."""
+    background: Literal["white", "black"] = "white"
+    """What is behind pictures that are transparent."""
     skip_broken: bool = field(default=False, metadata={"resume": "free"})
     """Leave out files that cannot be read, instead of ending at the first one."""
 
@@ -165,20 +214,51 @@ class Folder(UserImages):
             UserError: no folder, no pictures, a broken one, or they differ in size.
         """
         place = self._find_source("a folder")
-        pictures = list_pictures(place)
-        how = self.channels, self.image_size, self.skip_broken
-        folder = self._folder(how, [_describe(place, name) for name in pictures])
+        pictures, others = list_pictures(place)
+        pictures, beside = _of_the_splits(place, pictures)
+        others = sorted([*others, *beside])
+        has_splits = {"train", "test"} <= set(map(_split_of, pictures))
+        how = self.channels, self.image_size, self.white, self.background
+        seen = [_describe(place, name) for name in pictures]
+        folder = self._folder(how, self.skip_broken, seen)
         pixels = folder / "incomplete.pixels.npy"
 
         def prepare() -> Source:
             say(f"preparing {len(pictures):,} pictures of {place} (once) …")
             names = self._decode_all(pictures, pixels)
             images = ImageFile(pixels).subset(slice(len(names)))
-            stored.store(folder, self._split(images, _labels_of(names)))
+            labels = [_label_of(name, has_splits) for name in names]
+            self._report(images, names, labels, others)
+            test = [_split_of(name) == "test" for name in names]
+            is_test = np.array(test) if has_splits else None
+            stored.store(folder, self._split(images, _number(labels), is_test))
             return "directory"
 
         source = stored.prepare_once(folder, prepare)
         return stored.read_stored(folder, source, self.streaming)
+
+    def _report(
+        self, images: Any, names: list[str], labels: list[str], others: list[str]
+    ) -> None:
+        """Say what would go unnoticed."""
+        if others:
+            endings = collections.Counter(Path(n).suffix.lower() or n for n in others)
+            kinds = ", ".join(f"{n:,} {_show(e)}" for e, n in endings.most_common(5))
+            files = "1 file" if len(others) == 1 else f"{len(others):,} files"
+            say(f"passed over {files} ({kinds}), as {_show(others[0])}")
+        if len(counts := collections.Counter(labels)) > 1:
+            shown = [f"{_show(n or '.')} ({c:,})" for n, c in sorted(counts.items())]
+            more = ", …" if len(shown) > 10 else ""
+            say(f"labels, from 0: {', '.join(shown[:10])}{more}")
+        brightest, plain = _look_at(images)
+        if brightest < DARK:
+            say(f"{_dark(brightest)}; the value that is white may be --data.white 4095")
+        if plain:
+            say(
+                f"{len(plain):,} of {len(names):,} pictures are of one colour, as "
+                f"{_show(names[plain[0]])}; what is transparent is made "
+                f"{self.background}, see --data.background"
+            )
 
     def _decode_all(self, pictures: list[str], pixels: Path) -> list[str]:
         """Write the readable pictures into an .npy file, one by one.
@@ -245,7 +325,7 @@ class Folder(UserImages):
             with Image.open(path, formats=FORMATS) as image:
                 if side is not None:  # a JPEG is read at an eighth of its size, faster
                     image.draft(None, (2 * side, 2 * side))
-                plain = _convert(image, "L" if self.channels == 1 else "RGB")
+                plain = self._convert(image)
         except MemoryError:
             raise
         except UnidentifiedImageError:
@@ -257,23 +337,70 @@ class Folder(UserImages):
             plain = ImageOps.fit(plain, (side, side))
         return np.asarray(plain).reshape(plain.height, plain.width, self.channels)
 
+    def _convert(self, image: "Image.Image") -> "Image.Image":
+        """A picture of any mode in ours: upright, and on the background.
 
-def _convert(image: "Image.Image", mode: str) -> "Image.Image":
-    """A picture of any mode in this one: upright, and on white."""
-    from PIL import Image, ImageOps
+        Raises:
+            ValueError: it has no such pixels, or several pages.
+        """
+        from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert(mode)
+        if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            raise ValueError("several pages; save each as a file of its own")
+        image = ImageOps.exif_transpose(image)
+        if image.mode == "F":
+            raise ValueError("pixels are floats; save it with 8 or 16 bits")
+        deep = image.mode.startswith("I")  # which Pillow would clip at 255
+        if deep:
+            image = Image.fromarray(self._stretch(np.asarray(image), 65535))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            behind = Image.new("RGBA", image.size, self.background)
+            image = Image.alpha_composite(behind, image)
+        image = image.convert("L" if self.channels == 1 else "RGB")
+        if self.white is not None and not deep:
+            image = Image.fromarray(self._stretch(np.asarray(image), 255))
+        return image
+
+    def _stretch(self, values: np.ndarray, highest: int) -> UInt8[np.ndarray, "..."]:
+        """Pixels from 0 to white as bytes."""
+        white = highest if self.white is None else self.white
+        if values.max() > white or values.min() < 0:
+            raise ValueError(
+                f"pixels from {values.min()} to {values.max()}, where data.white is "
+                f"{white}"
+            )
+        return np.round(values * (255 / white)).astype(np.uint8)
 
 
-def list_pictures(folder: Path) -> list[str]:
-    """The files under a folder that may be pictures, by their path within it, sorted.
+def _split_of(name: str) -> str | None:
+    """The split that a picture's path says it belongs to."""
+    top = name.partition(os.sep)[0].lower() if os.sep in name else ""
+    return top if top in ("train", "test") else None
+
+
+def _of_the_splits(place: Path, pictures: list[str]) -> tuple[list[str], list[str]]:
+    """The pictures to take, and those that are in neither ``train`` nor ``test``.
+
+    Raises:
+        UserError: there is a ``train`` and, by another name, a part held out of it.
+    """
+    splits = {_split_of(name) for name in pictures}
+    if {"train", "test"} <= splits:
+        beside = [name for name in pictures if _split_of(name) is None]
+        return [name for name in pictures if _split_of(name)], beside
+    tops = {name.partition(os.sep)[0] for name in pictures if os.sep in name}
+    held_out = sorted(top for top in tops if top.lower() in HELD_OUT)
+    if "train" in splits and held_out:
+        raise UserError(
+            f"data.source: {place} holds train and {held_out[0]}, but no test: name "
+            "the folder to test on test, or give the one to split"
+        )
+    return pictures, []
+
+
+def list_pictures(folder: Path) -> tuple[list[str], list[str]]:
+    """The files under a folder, by their path within it, sorted: pictures, and others.
 
     Hidden files and folders are passed over. A link to a folder is followed, but no
     folder is listed twice, so that links cannot make a loop.
@@ -282,7 +409,7 @@ def list_pictures(folder: Path) -> list[str]:
     def stop(error: OSError) -> None:
         raise error
 
-    pictures, seen = list[str](), set[tuple[int, int]]()
+    found, seen = list[str](), set[tuple[int, int]]()
     for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         about = os.stat(place)
         if (about.st_dev, about.st_ino) in seen:
@@ -290,15 +417,17 @@ def list_pictures(folder: Path) -> list[str]:
             continue
         seen.add((about.st_dev, about.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        pictures += [
+        found += [
             os.path.relpath(os.path.join(place, name), folder)
             for name in files
-            if name.lower().endswith(ENDINGS) and not name.startswith(".")
+            if not name.startswith(".")
         ]
+    found.sort()
+    pictures = [name for name in found if name.lower().endswith(ENDINGS)]
     if not pictures:
         endings = ", ".join(ENDINGS)
         raise UserError(f"data.source: {folder} holds no picture (no {endings})")
-    return sorted(pictures)
+    return pictures, [name for name in found if not name.lower().endswith(ENDINGS)]
 
 
 def _describe(folder: Path, name: str) -> tuple[str, int, int]:
@@ -310,12 +439,17 @@ def _describe(folder: Path, name: str) -> tuple[str, int, int]:
     return name, about.st_size, about.st_mtime_ns
 
 
-def _labels_of(names: list[str]) -> Integer[np.ndarray, "N"]:
-    """The number of each picture's folder of the first level, in sorted order."""
-    folders = [name.partition(os.sep)[0] if os.sep in name else "" for name in names]
-    number = {name: i for i, name in enumerate(sorted(set(folders)))}
-    labels = np.array([number[name] for name in folders])
-    return labels.astype(np.min_scalar_type(max(0, len(number) - 1)))
+def _label_of(name: str, has_splits: bool) -> str:
+    """A picture's folder of the first level, or of the second below the splits."""
+    parts = name.split(os.sep)[has_splits:]
+    return parts[0] if len(parts) > 1 else ""
+
+
+def _number(labels: list[str]) -> Integer[np.ndarray, "N"]:
+    """Labels by their number in sorted order."""
+    number = {label: i for i, label in enumerate(sorted(set(labels)))}
+    numbers = np.array([number[label] for label in labels])
+    return numbers.astype(np.min_scalar_type(max(0, len(number) - 1)))
 
 
 def _show(name: str) -> str:

@@ -42,7 +42,7 @@ class DataOptions:
     dir: Path = field(default=Path("data"), metadata={"resume": "free"})
     """Folder in which data sets are prepared, once for all runs."""
     source: Path | None = field(default=None, metadata={"resume": "free"})
-    """Your images: a folder of PNG, JPEG or WebP, or an .npz file. Of mnist and its
+    """Your images: a folder of pictures, or an .npz file. Of mnist and its
     kin: folder with the four IDX files (raw or .gz), to prepare without network."""
     classes: tuple[int, ...] = ()
     """Train on the images with these labels only; none given: on all. The test split
