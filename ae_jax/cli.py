@@ -4,10 +4,13 @@
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,23 +38,36 @@ def exit_with(
         has_peers: whether this is one of several processes of a run.
     """
     leave_on_signals()
+    _write_any_text()
     status, message = 0, ""
     try:
         action()
+        print(end="", flush=True)  # a full disk may show here only
     except (UserError, OSError, Diverged, KeyboardInterrupt) as error:
         status, message = _outcome(error)
     except Exception:
-        if not has_peers():
+        if has_peers():
+            traceback.print_exc()
+            status = 1
+        elif message := _why_no_device():
+            status = 2
+        else:
             raise
-        traceback.print_exc()
-        status = 1
     if message:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the status says it too
+            print(f"error: {message}", file=sys.stderr, flush=True)
     if status and has_peers():
         # An orderly end would wait for the other processes, which wait for this one.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
+
+
+def _write_any_text() -> None:
+    """Have characters that a terminal does not know shown by their number."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # and not closed, or replaced
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _outcome(error: BaseException) -> tuple[int, str]:
@@ -67,19 +83,70 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     return (1 if isinstance(error, Diverged) else 2), str(error)
 
 
+def _why_no_device() -> str:
+    """What is wrong if JAX has none, which it says by errors of many kinds."""
+    if "jax" in sys.modules:
+        import jax
+
+        try:
+            jax.devices()
+        except Exception:  # as said
+            asked = os.environ.get("JAX_PLATFORMS", "")
+            return (
+                f"JAX finds no device (JAX_PLATFORMS={asked}); set JAX_PLATFORMS=cpu, "
+                "or install JAX for the device"
+            )
+    return ""
+
+
 def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache folder, for a faster next start.
 
     ``JAX_COMPILATION_CACHE_DIR`` names another one, and
-    ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off.
+    ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off. So does a folder that cannot be
+    written to, which is reported.
     """
     import jax
 
     from ae_jax.runs.environment import compilation_cache_dir
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(compilation_cache_dir()))
+    switches: Any = jax.config
+    if switches.jax_enable_compilation_cache:
+        try:
+            folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+            folder = folder or str(compilation_cache_dir())
+            if "://" not in folder:  # JAX takes those of clouds too
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=folder):
+                    pass
+        except (OSError, RuntimeError) as error:  # this one: the user has no home
+            reason = getattr(error, "strerror", None) or error
+            print(
+                f"warning: programs are compiled each time, for their cache cannot be "
+                f"written ({reason}); set JAX_COMPILATION_CACHE_DIR",
+                file=sys.stderr,
+            )
+            jax.config.update("jax_enable_compilation_cache", False)
+        else:
+            jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def _check_clone() -> None:
+    """Refuse to run a script of one clone on the code of another.
+
+    A clone that is copied with its .venv would.
+
+    Raises:
+        UserError: the package is not the one beside the script's folder.
+    """
+    script, package = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parent
+    beside = script.parent.parent / "ae_jax"
+    if beside.is_dir() and beside != package:
+        raise UserError(
+            f"{script}: its Python has ae_jax from {package}; give scripts/reproduce "
+            f"or scripts/test in {beside.parent}, which install it there"
+        )
 
 
 def parse(
@@ -212,6 +279,7 @@ def run_script(main: Callable[..., None]) -> NoReturn:
     """``main`` of a script: its parameters are the options, its docstring the help."""
 
     def action() -> None:
+        _check_clone()
         use_compilation_cache()
         tyro.cli(main, config=(tyro.conf.FlagCreatePairsOff,))
 

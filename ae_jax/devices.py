@@ -43,7 +43,10 @@ MATMUL_PRECISIONS = {"tf32": "tensorfloat32", "bfloat16": "default"}
 
 @contextlib.contextmanager
 def numerics(precision: str) -> Iterator[None]:
-    """JAX's number formats as a run asks for them, in this thread and for this block.
+    """JAX's numbers as a run asks for them, in this thread and for this block.
+
+    Whatever the user's own switches are: those of random bits would give others, those
+    of implicit promotion and of transfers refuse what the libraries below us do.
 
     Args:
         precision: ``train.precision``.
@@ -52,6 +55,9 @@ def numerics(precision: str) -> Iterator[None]:
     with (
         jax.enable_x64(precision == "float64"),
         jax.default_matmul_precision(products),
+        jax.threefry_partitionable(True),
+        jax.numpy_dtype_promotion("standard"),
+        jax.transfer_guard("allow"),
     ):
         yield
 

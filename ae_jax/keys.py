@@ -3,6 +3,7 @@
 import enum
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, UInt32
 
@@ -20,8 +21,11 @@ class Purpose(enum.IntEnum):
 def key_for(
     seed: int | np.uint32 | UInt32[Array, ""], purpose: Purpose
 ) -> Key[Array, ""]:
-    """The key of all draws of one purpose under one seed, whatever JAX's default is."""
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), purpose)
+    """The key of all draws of one purpose under one seed, whatever the defaults."""
+    # jax.random.key(seed, impl=…), but that it adds JAX_RANDOM_SEED_OFFSET.
+    bits = jnp.stack([jnp.uint32(0), jnp.uint32(seed)])
+    key = jax.random.wrap_key_data(bits, impl="threefry2x32")
+    return jax.random.fold_in(key, purpose)
 
 
 def fold_each(key: Key[Array, ""], numbers: Int[Array, " B"]) -> Key[Array, " B"]:

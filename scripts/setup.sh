@@ -19,8 +19,9 @@ if ! [ -x .venv/bin/python ]; then
         fail "cannot make .venv; install Python's venv module (Debian: apt install python3-venv), and delete .venv"
 fi
 
-# What was installed is remembered by what decides it, so that a change installs again.
-wanted="$extras $(cksum pyproject.toml constraints.txt)"
+# What was installed is remembered by what decides it, so that a change installs again;
+# so does a copy of the clone, whose .venv would run the original's code.
+wanted="$PWD $extras $(cksum pyproject.toml constraints.txt)"
 stamp=".venv/installed-${extras:-plain}"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing ae_jax${extras:+ with $extras} (once, a minute or two)" >&2

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,78 @@ def test_a_signal_while_the_command_still_imports_ends_it(seconds, tmp_path):
     assert (process.returncode, out, err) == (130, "", "")
 
 
+INLINE = "module://matplotlib_inline.backend_inline"  # of Jupyter's, for all commands
+ENVIRONMENTS = {
+    "no such device": (
+        ["scripts/evaluate.py", "RUN"],
+        {"JAX_PLATFORMS": "cuda"},
+        (
+            2,
+            r"error: JAX finds no device \(JAX_PLATFORMS=cuda\); set JAX_PLATFORMS=cpu",
+        ),
+    ),
+    "no cache": (
+        ["scripts/evaluate.py", "RUN"],
+        {"JAX_COMPILATION_CACHE_DIR": "/proc/none"},
+        (
+            0,
+            "warning: programs are compiled each time, .*set JAX_COMPILATION_CACHE_DIR",
+        ),
+    ),
+    "a notebook's backend": (
+        ["scripts/plot.py", "RUN", "samples"],
+        {"MPLBACKEND": INLINE},
+        (0, ""),
+    ),
+    "no jit, to look into a step": (
+        ["-m", "experiments.tutorial", *SMALL, "--figures.no-draw", "--run-dir", "NEW"],
+        {"JAX_DISABLE_JIT": "1"},
+        (0, ""),
+    ),
+    "ASCII": (
+        ["-m", "experiments.tutorial", "--help"],
+        {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        (0, ""),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_what_the_environment_asks_for_is_done_or_refused_in_a_line(
+    name, short_run, tmp_path
+):
+    args, env, (expected, message) = ENVIRONMENTS[name]
+    places = {"RUN": short_run.folder, "NEW": tmp_path / "run"}
+    args = [places.get(arg, arg) for arg in args]
+    status, _, err = run(*args, **env)
+    assert (status, len(err.splitlines())) == (expected, bool(message)), err
+    assert re.match(message, err)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux's")
+@pytest.mark.parametrize("module", ["experiments", "experiments.tutorial"])
+def test_output_that_does_not_fit_is_one_line(module):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", module, "--help"],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+def test_a_script_notices_that_it_runs_another_clones_code(tmp_path, short_run):
+    for name in ("scripts", "ae_jax"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    script = tmp_path / "scripts" / "evaluate.py"
+    status, _, err = run(script, short_run.folder)
+    assert status == 2
+    assert f"has ae_jax from {ROOT / 'ae_jax'}; give scripts/reproduce" in err
+
+
 def test_set_up_installs_once_and_again_when_what_decides_it_changes(tmp_path):
     """In a project whose Python only notes what it is asked for."""
     for name in ("scripts/setup.sh", "pyproject.toml", "constraints.txt"):
@@ -210,3 +283,5 @@ def test_set_up_installs_once_and_again_when_what_decides_it_changes(tmp_path):
             file.write("# another\n")
         assert installs("test") == [True]
         assert installs("test") == []
+    tmp_path = shutil.copytree(tmp_path, tmp_path / "copy")
+    assert installs("test") == [True]

@@ -100,6 +100,34 @@ def test_the_users_process_is_as_it_was(tmp_path):
     assert switches() == before
 
 
+SWITCHES = {
+    "jax_threefry_partitionable": False,
+    "jax_default_prng_impl": "rbg",
+    "jax_random_seed_offset": 7,
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_transfer_guard": "disallow",
+    "jax_default_matmul_precision": "bfloat16",
+    "jax_enable_x64": True,
+}
+
+
+def test_the_users_switches_change_no_bit(tmp_path, short_run):
+    before = {name: getattr(jax.config, name) for name in SWITCHES}
+    try:
+        for name, value in SWITCHES.items():
+            jax.config.update(name, value)
+        config = small(tmp_path / "run")
+        train_until(4, config)
+        run = ae_jax.fit(config)
+        scores = run.scores(np.eye(2, 64), objectives.Denoising(0.3))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert_same_end(config.run_dir, short_run.folder)
+    expected = short_run.scores(np.eye(2, 64), objectives.Denoising(0.3))
+    np.testing.assert_array_equal(scores["denoising_mse"], expected["denoising_mse"])
+
+
 # --- A run's own methods ------------------------------------------------------------
 
 

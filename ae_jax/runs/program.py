@@ -142,13 +142,15 @@ class Compiled:
         self.scores = self.lanes.jit(runs.scores_of(config.objective, net))
         self.active_units = self.lanes.jit(runs.active_units_of(net))
         self.functions: dict[str, Any] = {}
-        self._chunk: Callable[[TrainState, Block, int], TrainState] | None = None
+        self._chunk: Any = None
 
     def chunk(
         self, state: TrainState, block: Block
     ) -> Callable[[TrainState, Block, int], TrainState]:
         """The train chunk, compiled ahead of time, so that no epoch's time holds it."""
+        switches: Any = jax.config
         if self._chunk is None:
-            jitted = self.lanes.jit_chunk(self.program.chunk)
-            self._chunk = jitted.lower(state, block, 0).compile()
+            self._chunk = self.lanes.jit_chunk(self.program.chunk)
+            if not switches.jax_disable_jit:  # else to look into a step
+                self._chunk = self._chunk.lower(state, block, 0).compile()
         return self._chunk
