@@ -14,16 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, FiniteFloat
 
 from ae_jax import registry
 from ae_jax.data import DATASETS, Mnist
 from ae_jax.errors import UserError, suggest
+from ae_jax.files import read_json
 from ae_jax.models import MODELS
 from ae_jax.models.dense import Autoencoder
 from ae_jax.models.layers import Precision
 from ae_jax.objectives import OBJECTIVES, Reconstruction
-from ae_jax.options import options, validate
+from ae_jax.options import Count, CountOrZero, options, validate
 
 C = TypeVar("C")
 
@@ -60,23 +61,23 @@ def section(make: Callable[[], Any], resume: str = "same") -> Any:
 class TrainConfig:
     """How it is trained."""
 
-    num_epochs: PositiveInt = dataclasses.field(
+    num_epochs: Count = dataclasses.field(
         default=10, metadata={"resume": "raise if constant"}
     )
     """Passes over the training split; may be raised later under a constant schedule."""
-    batch_size: PositiveInt = 64
+    batch_size: Count = 64
     """Images per update; the last batch of an epoch is short, and kept."""
     learning_rate: Positive = 1e-3
     """Adam's step size, at its highest."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Course of the learning rate: constant, or a cosine down to 0 at the end."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: CountOrZero = 0
     """Updates over which the learning rate first rises from 0."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay (AdamW); 0 is plain Adam."""
     clip_norm: Positive | None = None
     """Gradients with a larger global norm are scaled down to this one."""
-    patience: PositiveInt | None = None
+    patience: Count | None = None
     """Stop after this many epochs without a better validation loss."""
     seed: Seed = 0
     """Seed of every draw: initial weights, order of the images, noise."""
@@ -91,9 +92,9 @@ class TrainConfig:
 class CheckpointConfig:
     """What is saved while it trains."""
 
-    every_steps: NonNegativeInt = 0
+    every_steps: CountOrZero = 0
     """Updates between saves within an epoch; 0: save at the end of each epoch only."""
-    keep: PositiveInt = 3
+    keep: Count = 3
     """Newest checkpoints to keep, beside the best one and those that figures show."""
 
 
@@ -101,7 +102,7 @@ class CheckpointConfig:
 class FiguresConfig:
     """What is drawn."""
 
-    epochs: tuple[PositiveInt, ...] = (1, 5, 10)
+    epochs: tuple[Count, ...] = (1, 5, 10)
     """Epochs whose reconstructions are shown; the last one always is."""
     draw: bool = True
     """Draw the figures at the end; scripts/plot.py draws them at any time."""
@@ -111,7 +112,7 @@ class FiguresConfig:
 class MeshConfig:
     """On how many devices."""
 
-    data: PositiveInt | None = None
+    data: Count | None = None
     """Devices that share each batch; by default one, or, distributed, all there are."""
 
 
@@ -125,9 +126,9 @@ class Config:
     """This process is one of several that train one run together."""
     coordinator: str | None = free(None)
     """HOST:PORT of process 0; on SLURM, Open MPI, Kubernetes and TPU it is found."""
-    num_processes: PositiveInt | None = free(None)
+    num_processes: Count | None = free(None)
     """How many processes there are; found as the coordinator is."""
-    process_id: NonNegativeInt | None = free(None)
+    process_id: CountOrZero | None = free(None)
     """Which of them this is, from 0; found as the coordinator is."""
     mesh: MeshConfig = section(MeshConfig, resume="free")
     data: Any = section(Mnist)
@@ -286,12 +287,7 @@ def load(path: Path, cls: type[C]) -> C:
     Raises:
         UserError: the file cannot be read, is no JSON, or holds no such config.
     """
-    try:
-        plain = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"--config: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"--config: {path} is not JSON: {error}") from error
+    plain = read_json(path, "give a config by --config")
     if isinstance(plain, dict) and "format" in plain and "config" in plain:
         plain = plain["config"]
     return from_json(cls, plain, str(path))

@@ -7,6 +7,7 @@ same order. A process that is alone makes them too, and they cost it nothing.
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -229,6 +230,13 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         return place(np.asarray(leaf), replicated(mesh))
 
     return jax.tree.map(put, tree)
+
+
+def memory_bytes() -> int:
+    """What a device of ours can hold, or, where it does not say, this machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(stats.get("bytes_limit", machine))
 
 
 def peak_memory() -> dict[str, int]:

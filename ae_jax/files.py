@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +41,30 @@ def write_json(path: Path, plain: Any) -> None:
     write_text(path, json.dumps(plain, indent=2) + "\n")
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a file that someone has named, to read it.
+
+    Raises:
+        UserError: it is a pipe or a device, which might never end.
+        OSError: it cannot be read.
+    """
+
+    def at_once(name: str, flags: int) -> int:  # to open a pipe would wait for a writer
+        return os.open(name, flags | os.O_NONBLOCK)
+
+    file = open(path, "rb", opener=at_once)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UserError(f"{path}: not a regular file; give another")
+    return file
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file that :func:`open_file` opens."""
+    with open_file(path) as file:
+        return file.read()
+
+
 def read_json(path: Path, remedy: str = "fix it, or delete the run folder") -> Any:
     """Read JSON.
 
@@ -49,8 +74,9 @@ def read_json(path: Path, remedy: str = "fix it, or delete the run folder") -> A
 
     Raises:
         UserError: the file is not JSON; it says what to do.
+        OSError: it cannot be read.
     """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        return json.loads(read_bytes(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged, not JSON ({error}); {remedy}") from error

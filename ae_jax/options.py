@@ -4,14 +4,20 @@ A class under :func:`options` is an option group of the command line, an object 
 ``config.json`` and a constructor for notebooks at once.
 """
 
+import dataclasses
 import functools
 import json
-from typing import Any, TypeVar, dataclass_transform
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
+
+Count = Annotated[int, pydantic.Field(gt=0, lt=2**31)]
+"""One or more, and no more than JAX counts to."""
+CountOrZero = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(pydantic.Field,))
@@ -30,6 +36,10 @@ def options(cls: type[T]) -> type[T]:
             init(self, *args, **kwargs)
         except pydantic.ValidationError as error:
             raise ValueError(explain(error)) from None
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Path) and "\0" in str(value):
+                raise ValueError(f"{field.name}: a path cannot hold NUL")
 
     made.__init__ = __init__
     checked: type[T] = made
@@ -65,8 +75,13 @@ def explain(error: pydantic.ValidationError, prefix: str = "") -> str:
         message = part["msg"].removeprefix("Value error, ")
         path = ".".join(map(str, (*filter(None, [prefix]), *part["loc"])))
         if part["type"] != "value_error":  # a check of ours says what it got
-            got = "" if part["type"] == "missing" else f", got {part['input']!r}"
+            got = "" if part["type"] == "missing" else f", got {_short(part['input'])}"
             message = f"{message[0].lower()}{message[1:]}{got}"
         return f"{path}: {message}" if path else message
 
     return "; ".join(map(one, error.errors()))
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else f"{shown[:77]}…"

@@ -15,6 +15,7 @@ nor PyTorch is imported.
 import io
 import itertools
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from ae_jax.errors import UserError
-from ae_jax.files import write_file
+from ae_jax.files import read_bytes, write_file
 
 StateDict = dict[str, np.ndarray]
 """PyTorch's names and layout: a weight is [out, in], a bias [out]."""
@@ -36,6 +37,12 @@ Sizes = tuple[int, tuple[int, ...], int]
 
 Precision = Literal["float32", "float64"]
 """Number formats of weights that PyTorch and a run can have alike."""
+
+ONE_FORMAT = (
+    "all must be float32 or all float64, as model.float() and model.double() make them"
+)
+ENDINGS = (".safetensors", ".pt", ".pth", ".pth.tar", ".bin")
+"""Of files of weights, in whatever case; the first is read without PyTorch."""
 
 
 def to_torch(params: Mapping[str, Mapping[str, Any]]) -> StateDict:
@@ -55,7 +62,11 @@ def to_torch(params: Mapping[str, Mapping[str, Any]]) -> StateDict:
     layers = {}
     for name, layer in params.items():
         match = re.fullmatch(r"(encoder|decoder)_([0-9]+)", name)
-        if match is None or set(layer) != {"kernel", "bias"}:
+        if (
+            match is None
+            or set(layer) != {"kernel", "bias"}
+            or np.ndim(layer["kernel"]) != 2
+        ):
             raise UserError(f"{name}: not a layer of the dense autoencoder")
         layers[match[1] == "decoder", int(match[2])] = layer
     state_dict = {}
@@ -179,10 +190,7 @@ def precision_of(
             only: Precision = precision
             return only
     shown = ", ".join(f"{name} is {dtype}" for dtype, name in examples.items())
-    raise UserError(
-        f"{where}: {shown}; all must be float32 or all float64, as model.float() and "
-        "model.double() make them"
-    )
+    raise UserError(f"{where}: {shown}; {ONE_FORMAT}")
 
 
 def read_safetensors(path: Path) -> StateDict:
@@ -197,15 +205,14 @@ def read_safetensors(path: Path) -> StateDict:
     from safetensors.numpy import load
 
     try:
-        return load(path.read_bytes())
+        return load(read_bytes(path))
     except SafetensorError as error:
         raise UserError(
             f"{path}: damaged, or not a safetensors file ({error}); get it again"
         ) from error
     except KeyError as error:  # safetensors' table of NumPy's formats
         raise UserError(
-            f"{path}: holds tensors of format {error}; all must be float32, or all "
-            "float64"
+            f"{path}: holds tensors of format {error}; {ONE_FORMAT}"
         ) from error
 
 
@@ -221,13 +228,16 @@ def write_safetensors(path: Path, state_dict: Mapping[str, np.ndarray]) -> None:
 def read_state_dict(path: Path) -> StateDict:
     """The tensors of a file with PyTorch's names: ``.safetensors``, or PyTorch's own.
 
+    A state dict within a checkpoint is taken if it is the only one there, and a prefix
+    that all names share (``module.``) is taken off; both are reported.
+
     Raises:
-        UserError: the file is damaged or none, or PyTorch, which alone reads its own
-            format, is not installed.
+        UserError: the file is damaged or none, holds several state dicts, or PyTorch,
+            which alone reads its own format, is not installed.
         OSError: it cannot be read.
     """
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
+    if path.name.lower().endswith(".safetensors"):
+        return _without_prefix(read_safetensors(path), path)
     try:
         import torch
     except ImportError as error:
@@ -235,12 +245,64 @@ def read_state_dict(path: Path) -> StateDict:
             f"{path}: only PyTorch can read it; pip install '.[torch]', or give a "
             ".safetensors file"
         ) from error
-    blob = io.BytesIO(path.read_bytes())  # so that no error below is the disk's
+    blob = io.BytesIO(read_bytes(path))  # so that no error below is the disk's
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on what it then refuses
             loaded = torch.load(blob, map_location="cpu", weights_only=True)
-        return {str(name): tensor.detach().numpy() for name, tensor in loaded.items()}
     except Exception as error:  # pickle, zipfile and torch each raise their own
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: not a PyTorch state dict ({reason})") from error
+        raise UserError(
+            f"{path}: not a PyTorch state dict ({reason}); write one by "
+            "torch.save(model.state_dict(), PATH)"
+        ) from error
+    arrays = {}
+    for name, tensor in _only_state_dict(loaded, path).items():
+        try:
+            arrays[name] = tensor.detach().numpy()
+        except TypeError as error:  # bfloat16, sparse and others that NumPy lacks
+            raise UserError(
+                f"{path}: {name} is {tensor.dtype}, {tensor.layout}; {ONE_FORMAT}"
+            ) from error
+    return _without_prefix(arrays, path)
+
+
+def _only_state_dict(loaded: Any, path: Path) -> dict[str, Any]:
+    """The one dict of tensors that was saved, or that is in the dict that was.
+
+    Raises:
+        UserError: there is none, or more than one; names them.
+    """
+
+    def is_state_dict(value: Any) -> bool:
+        return (
+            isinstance(value, dict)
+            and bool(value)
+            and all(hasattr(tensor, "detach") for tensor in value.values())
+        )
+
+    if is_state_dict(loaded):
+        return {str(name): tensor for name, tensor in loaded.items()}
+    holds = loaded if isinstance(loaded, dict) else {}
+    found = {key: value for key, value in holds.items() if is_state_dict(value)}
+    if len(found) != 1:
+        names = ", ".join(map(str, found or holds)) or type(loaded).__name__
+        raise UserError(
+            f"{path}: not a PyTorch state dict: it holds {names}; save the one to take "
+            "alone, by torch.save(loaded[KEY], PATH)"
+        )
+    ((key, tensors),) = found.items()
+    print(f"{path}: {key} is taken, of {', '.join(map(str, holds))}", file=sys.stderr)
+    return {str(name): tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(state_dict: StateDict, path: Path) -> StateDict:
+    """A state dict whose names begin with the autoencoder's own parts."""
+    prefix = min(state_dict, default="").partition("decoder.")[0]
+    if not prefix or not all(
+        name.startswith((f"{prefix}encoder.", f"{prefix}decoder."))
+        for name in state_dict
+    ):
+        return state_dict
+    print(f"{path}: names without their prefix {prefix}", file=sys.stderr)
+    return {name.removeprefix(prefix): a for name, a in state_dict.items()}

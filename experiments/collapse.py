@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from pydantic import PositiveInt
-
 from ae_jax import cli, collapse
 from ae_jax.config import TrainConfig
 from ae_jax.data import Digits
-from ae_jax.options import options
+from ae_jax.options import Count, options
 from ae_jax.runs import results, study
 from ae_jax.runs.study import Cell, Rows, Study
 
@@ -39,11 +37,11 @@ FACTORS: dict[str, tuple[str, str, Any]] = {
 class Collapse(Study):
     """The study; model and training are the setting that one factor is changed of."""
 
-    num_best: PositiveInt = 3
+    num_best: Count = 3
     """How many settings, beside the one started from, are trained for longer."""
-    long_epochs: PositiveInt = 10
+    long_epochs: Count = 10
     """Epochs of these."""
-    long_seeds: PositiveInt = 16
+    long_seeds: Count = 16
     """Seeds of these."""
 
 

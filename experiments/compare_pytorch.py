@@ -16,16 +16,16 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 
 from ae_jax import cli, config
 from ae_jax.config import TrainConfig
 from ae_jax.files import write_text
-from ae_jax.options import options
+from ae_jax.options import Count, options
 from ae_jax.parity import lockstep
 from ae_jax.runs import folder, study
 from ae_jax.runs.results import Table
-from ae_jax.runs.study import Cell, Rows, Study
+from ae_jax.runs.study import Cell, NumSeeds, Rows, Study
 from ae_jax.stats import compare_runs
 from ae_jax.weights import Precision
 
@@ -37,11 +37,11 @@ Row = dict[str, Any]
 class Comparison(Study):
     """The runs of each side, and how far the two are followed in lockstep."""
 
-    num_seeds: PositiveInt = field(default=48, metadata={"resume": "raise"})
+    num_seeds: NumSeeds = field(default=48, metadata={"resume": "raise"})
     """Seeds a side; may be raised later."""
-    lockstep_epochs: PositiveInt = 10
+    lockstep_epochs: Count = 10
     """Epochs in which both sides are followed in float64."""
-    drift_steps: PositiveInt = 938
+    drift_steps: Count = 938
     """Steps in which they are followed in float32, an epoch's at most."""
     margin: PositiveFloat = 0.03
     """Relative difference in the trimmed mean of test MSE that counts as none."""

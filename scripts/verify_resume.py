@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import PositiveInt
 
 from ae_jax import cli
 from ae_jax.config import CheckpointConfig, Config, to_json
 from ae_jax.errors import UserError
 from ae_jax.files import read_json, write_json
-from ae_jax.options import options
+from ae_jax.options import Count, options
 from experiments import tutorial
 
 TIMES = ("digest", "wall_s", "images_per_s", "first_step_s", "peak_memory_bytes")
@@ -37,7 +36,7 @@ TIMES = ("digest", "wall_s", "images_per_s", "first_step_s", "peak_memory_bytes"
 class Verification(Config):
     """A run of the tutorial, and how often it is killed."""
 
-    kills: PositiveInt = 20
+    kills: Count = 20
     """Kills, at moments drawn uniformly over the uninterrupted run's time."""
 
 

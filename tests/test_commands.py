@@ -203,7 +203,15 @@ ENVIRONMENTS = {
         (0, ""),
     ),
     "no jit, to look into a step": (
-        ["-m", "experiments.tutorial", *SMALL, "--figures.no-draw", "--run-dir", "NEW"],
+        [
+            "-m",
+            "experiments.tutorial",
+            *SMALL,
+            "--figures.no-draw",
+            "--train.num-epochs",
+            1,
+            *("--run-dir", "NEW"),
+        ],
         {"JAX_DISABLE_JIT": "1"},
         (0, ""),
     ),

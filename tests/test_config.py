@@ -3,13 +3,15 @@
 import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import get_args, get_type_hints
 
 import pydantic
 import pytest
+from life import small
 
-from ae_jax import config, data, registry
+from ae_jax import config, data, registry, weights
 from ae_jax.config import (
     REGISTRIES,
     CheckpointConfig,
@@ -22,6 +24,8 @@ from ae_jax.errors import UserError
 from ae_jax.models.conv import ConvAutoencoder
 from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Denoising, Reconstruction
+from ae_jax.runs import folder
+from ae_jax.runs.trainer import train_run
 
 # --- Every class of the registries, and every field -----------------------------------
 
@@ -209,11 +213,66 @@ def test_a_file_holds_a_config_or_is_a_runs_config_json_or_is_named(tmp_path):
     for plain in (config.to_json(made), {"format": 2, "config": config.to_json(made)}):
         path.write_text(json.dumps(plain))
         assert config.load(path, Config) == made
-    path.write_text("{")
-    with pytest.raises(UserError, match=r"--config: .*c\.json is not JSON"):
-        config.load(path, Config)
-    with pytest.raises(UserError, match=r"--config: cannot read .*nowhere\.json: No "):
+    with pytest.raises(FileNotFoundError):
         config.load(tmp_path / "nowhere.json", Config)
+
+
+BAD_JSON = {
+    "cut": ("{", "not JSON"),
+    "brackets": ("[" * 100_000, "not JSON .maximum recursion depth"),
+    "digits": (f'{{"train": {{"seed": {"9" * 5000}}}}}', "not JSON .Exceeds the limit"),
+    "a large number": (
+        f'{{"train": {{"num_epochs": {"9" * 400}}}}}',
+        "train.num_epochs: input should be less than 2147483648, got 9{77}…; fix",
+    ),
+    "NaN": ('{"train": {"seed": NaN}}', "train.seed: .* valid integer, got nan"),
+    "NUL": (r'{"run_dir": "a\u0000b"}', "run_dir: a path cannot hold NUL"),
+    "half a surrogate": (r'{"run_dir": "a\ud800b"}', "run_dir: invalid JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_JSON)
+def test_json_that_is_none_or_out_of_range_is_named_in_a_line(tmp_path, kind):
+    text, message = BAD_JSON[kind]
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(UserError, match=rf"c\.json: .*{message}") as caught:
+        config.load(tmp_path / "c.json", Config)
+    assert len(str(caught.value)) < 400
+
+
+def make_zero(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, make_zero])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: config.load(path, Config),
+        lambda path: data.load(data.Npz(source=path)),
+        weights.read_state_dict,
+        lambda path: folder.read_summary(path.parent),
+    ],
+)
+def test_what_never_ends_is_not_read(tmp_path, make, read):
+    path = tmp_path / "summary.json"
+    make(path)
+    with pytest.raises(UserError, match="not a regular file"):
+        read(path)
+
+
+def test_what_no_machine_can_hold_or_count_is_refused_before_it_begins(tmp_path):
+    for fields, message in (
+        (
+            {"model": Autoencoder(hidden=(10**6, 10**6))},
+            "state take 44,706.6 GiB, .* ma",
+        ),
+        ({"batch_size": 2**31 - 1}, "a batch 512.0 GiB, and there are"),
+        ({"num_epochs": 2**31 - 1}, "2,147,483,647 epochs of 3 steps are more than"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_run(small(tmp_path / "run", **fields))
+    assert not (tmp_path / "run").exists()
 
 
 # --- Resuming -------------------------------------------------------------------------

@@ -101,11 +101,11 @@ def test_foreign_weights_keep_sizes_format_and_bits(
     tmp_path, sizes, dtype, atol, capsys
 ):
     save_torch(tmp_path / "a.pt", sizes, dtype)
-    for dst in ("b.safetensors", "b.pth", "run"):
+    for dst in ("b.safetensors", "b.pth", "run-0.2"):
         to(tmp_path / "a.pt", tmp_path / dst)
         assert bits(tmp_path / dst) == bits(tmp_path / "a.pt")
         assert difference(capsys.readouterr().out) <= atol
-    settings = open_run(tmp_path / "run").config
+    settings = open_run(tmp_path / "run-0.2").config
     assert (64, settings.model.hidden, settings.model.latent_dim) == sizes
     assert f"torch.{settings.train.precision}" == str(dtype)
     assert settings.model.latent_activation == "relu"

@@ -214,9 +214,7 @@ def test_code_in_a_pickle_is_refused_and_never_runs(tmp_path, protocol):
     [
         Autoencoder(*SMALL),
         [torch.zeros(2)],
-        {"state_dict": {"a": torch.zeros(2)}},
-        {"a": torch.zeros(2).to_sparse()},
-        {"a": torch.zeros(2, dtype=torch.bfloat16)},
+        {},
     ],
     ids=lambda content: type(content).__name__,
 )
@@ -225,6 +223,53 @@ def test_what_is_not_a_state_dict_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(UserError, match=r"a\.pt: not a PyTorch state dict") as caught:
         weights.read_state_dict(tmp_path / "a.pt")
     assert "\n" not in str(caught.value)
+
+
+STATE = {"encoder.0.weight": torch.ones(2, 3), "decoder.0.bias": torch.zeros(3)}
+OTHER = {"a": torch.zeros(2)}
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.pth.tar", "a.BIN", "a.safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.module."])
+@pytest.mark.parametrize("key", [None, "model_state_dict"])
+def test_a_state_dict_is_found_where_there_is_one_and_what_was_done_is_said(
+    tmp_path, capsys, name, prefix, key
+):
+    path, saved = tmp_path / name, {prefix + n: t for n, t in STATE.items()}
+    if name.endswith(".safetensors"):
+        weights.write_safetensors(path, {n: t.numpy() for n, t in saved.items()})
+        key = None
+    else:
+        torch.save({"epoch": 3, key: saved, "optimizer": {}} if key else saved, path)
+    found = weights.read_state_dict(path)
+    assert bits(found) == bits({n: t.numpy() for n, t in STATE.items()})
+    taken = f"{path}: {key} is taken, of epoch, {key}, optimizer\n" if key else ""
+    without = f"{path}: names without their prefix {prefix}\n" if prefix else ""
+    assert capsys.readouterr().err == taken + without
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"g": STATE, "d": OTHER}, "it holds g, d; save the one to take alone"),
+        ({"epoch": 3, "loss": 0.5}, "it holds epoch, loss; save the one"),
+        (
+            {"a": torch.zeros(2).to_sparse()},
+            "a is torch.float32, torch.sparse_coo; all",
+        ),
+        ({"a": torch.zeros(2, dtype=torch.bfloat16)}, "a is torch.bfloat16, .*float32"),
+    ],
+)
+def test_what_is_ambiguous_or_has_no_counterpart_is_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=message):
+        weights.read_state_dict(tmp_path / "a.pt")
+
+
+def test_another_nets_parameters_are_not_laid_out_as_this_ones():
+    kernels = {"encoder_0": {"kernel": np.zeros((3, 3, 1, 4)), "bias": np.zeros(4)}}
+    with pytest.raises(UserError, match="encoder_0: not a layer of the dense"):
+        weights.to_torch(kernels)
 
 
 @pytest.mark.parametrize("cut", [0, 1000, -1])

@@ -26,6 +26,7 @@ from pydantic import Field
 from ae_jax.data import stored
 from ae_jax.data.stored import Arrays, DataOptions, ImageFile, Source, say
 from ae_jax.errors import UserError
+from ae_jax.files import open_file
 from ae_jax.options import options
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class Npz(UserImages):
         parts, used = list[Any](), set[str]()
         try:
             # NumPy would leave a damaged file open, if it were to open it itself.
-            with path.open("rb") as file, np.load(file) as archive:
+            with open_file(path) as file, np.load(file) as archive:
                 names = archive.files
                 pair = {"train_images", "test_images"} <= set(names)
                 if pair == ("images" in names):
@@ -196,7 +197,7 @@ class Folder(UserImages):
 
     channels: Literal[1, 3] = 1
     """1 makes all pictures grey, 3 makes them colour."""
-    image_size: Annotated[int, Field(gt=0)] | None = None
+    image_size: Annotated[int, Field(gt=0, lt=2**14)] | None = None
     """Pixels to a side: each picture is scaled until its shorter side has as many, and
     its middle square is taken. None: all are of one size already."""
     white: Annotated[int, Field(gt=0, lt=2**16)] | None = None

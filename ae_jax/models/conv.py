@@ -5,7 +5,6 @@ import math
 
 import flax.linen as nn
 from jaxtyping import Array, Float
-from pydantic import PositiveInt
 
 from ae_jax.errors import UserError
 from ae_jax.models.layers import (
@@ -17,16 +16,16 @@ from ae_jax.models.layers import (
     make_layer,
     param_dtype,
 )
-from ae_jax.options import options
+from ae_jax.options import Count, options
 
 
 @options
 class ConvAutoencoder:
     """Convolutional autoencoder: each stage halves the image."""
 
-    hidden: tuple[PositiveInt, ...] = (32, 64)
+    hidden: tuple[Count, ...] = (32, 64)
     """Channels after each stage of the encoder; the decoder mirrors them."""
-    latent_dim: PositiveInt = 32
+    latent_dim: Count = 32
     """Units of the latent."""
     latent_activation: Activation = "relu"
     """Activation of the latent; units of a relu can die."""

@@ -5,7 +5,6 @@ import math
 
 import flax.linen as nn
 from jaxtyping import Array, Float
-from pydantic import PositiveInt
 
 from ae_jax.models.layers import (
     ACTIVATIONS,
@@ -14,16 +13,16 @@ from ae_jax.models.layers import (
     make_layer,
     param_dtype,
 )
-from ae_jax.options import options
+from ae_jax.options import Count, options
 
 
 @options
 class Autoencoder:
     """Dense autoencoder: ReLU between the layers, a sigmoid at the end."""
 
-    hidden: tuple[PositiveInt, ...] = (128, 64, 12)
+    hidden: tuple[Count, ...] = (128, 64, 12)
     """Widths of the encoder's hidden layers; the decoder mirrors them."""
-    latent_dim: PositiveInt = 3
+    latent_dim: Count = 3
     """Units of the latent."""
     latent_activation: Activation = "relu"
     """Activation of the latent. The tutorial's is relu, whose units can die."""

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from ae_jax import plots
 from ae_jax.errors import UserError, suggest
+from ae_jax.files import read_bytes
 from ae_jax.runs.folder import WRITE_AGAIN, loss_name_of
 from ae_jax.runs.run import Run
 from ae_jax.train import scale
@@ -31,7 +32,7 @@ def read_images(folder: Path) -> dict[str, UInt8[np.ndarray, "n H W C"]]:
     path = folder / "figures" / "images.npz"
     try:
         # From memory: NumPy does not close a file that it cannot read.
-        with np.load(io.BytesIO(path.read_bytes())) as archive:
+        with np.load(io.BytesIO(read_bytes(path))) as archive:
             images = {name: archive[name] for name in (*IMAGES, "labels")}
         if any(images[n].dtype != np.uint8 or images[n].ndim != 4 for n in IMAGES):
             raise ValueError("it holds no images")

@@ -18,7 +18,7 @@ import filelock
 import pydantic
 
 from ae_jax.errors import UserError
-from ae_jax.files import read_json, write_json, write_text
+from ae_jax.files import read_bytes, read_json, write_json, write_text
 from ae_jax.options import validate
 from ae_jax.runs.environment import Environment
 
@@ -172,7 +172,7 @@ class Summary(Outcome):
 def _digest(run_dir: Path, summary: dict[str, Any]) -> str:
     scores = {name: value for name, value in summary.items() if name != "digest"}
     path = run_dir / "metrics.jsonl"
-    rows = path.read_bytes() if path.exists() else b""
+    rows = read_bytes(path) if path.exists() else b""
     return hashlib.sha256(json.dumps(scores).encode() + rows).hexdigest()
 
 
@@ -223,7 +223,7 @@ def read_metrics(run_dir: Path) -> list[EpochMetrics]:
         UserError: the file is damaged; names the line.
     """
     path = run_dir / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.exists() else []
+    lines = read_bytes(path).splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -238,7 +238,7 @@ def read_metrics(run_dir: Path) -> list[EpochMetrics]:
             rows.append(row)
             if loss_name_of(row) != loss_name_of(rows[0]):
                 raise ValueError("another loss than in line 1")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: line {number} is damaged ({error}); {WRITE_AGAIN}"
             ) from error

@@ -1,5 +1,6 @@
 """What the options of a run determine before any image is seen, and its compilation."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key
 
+from ae_jax import devices
 from ae_jax.config import Config, TrainConfig
+from ae_jax.errors import UserError
 from ae_jax.keys import Purpose, key_for
 from ae_jax.models import init_params
 from ae_jax.models.layers import param_dtype
@@ -67,12 +70,18 @@ def build(
         shape: of an image, (H, W, C).
 
     Raises:
-        UserError: a model that cannot take such images or has other state, or an
-            objective with a metric named twice or a loss that is no scalar.
+        UserError: a model that cannot take such images or has other state, an
+            objective with a metric named twice or a loss that is no scalar, more steps
+            than JAX counts, or more memory than there is.
     """
     model = model_options.make(shape, train.precision)
     dtype = param_dtype(train.precision)
     steps_per_epoch = -(-num_train // train.batch_size)
+    if train.num_epochs * steps_per_epoch >= 2**31:
+        raise UserError(
+            f"train.num_epochs: {train.num_epochs:,} epochs of {steps_per_epoch:,} "
+            f"steps are more than JAX counts, {2**31 - 1:,} in all; ask for fewer"
+        )
     tx, schedule = make_optimizer(train, train.num_epochs * steps_per_epoch)
     losses = batched(objective, model)
     train_step = make_train_step(losses, objective.loss_name, tx)
@@ -80,6 +89,8 @@ def build(
     def draw_params(key: Key[Array, ""]) -> Params:
         return init_params(model, key, shape, train.precision)
 
+    params = jax.eval_shape(draw_params, key_for(0, Purpose.INIT))
+    _check_memory(params, train.batch_size * math.prod(shape) * dtype.itemsize)
     # Traced here, so that a mistake in either is found before anything is written.
     metrics = jax.eval_shape(
         lambda: losses(
@@ -100,6 +111,20 @@ def build(
     return Program(
         model, schedule, train_step, chunk, init, start_from, steps_per_epoch
     )
+
+
+def _check_memory(params: Any, batch_bytes: int) -> None:
+    """Refuse what cannot fit: the system would kill the process, and say nothing."""
+    leaves = jax.tree.leaves(params)
+    # The parameters and Adam's two moments, and all three once more while they change.
+    state_bytes = 6 * sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+    there = devices.memory_bytes()
+    if state_bytes + batch_bytes > there:
+        raise UserError(
+            f"parameters and Adam's state take {state_bytes / 2**30:,.1f} GiB, a batch "
+            f"{batch_bytes / 2**30:,.1f} GiB, and there are {there / 2**30:,.1f} GiB; "
+            "make the model or train.batch_size smaller"
+        )
 
 
 class Compiled:

@@ -9,20 +9,22 @@ import dataclasses
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import jax
 import pydantic
-from pydantic import PositiveInt
 
 from ae_jax import collapse, config, files
 from ae_jax.config import CheckpointConfig, Config, FiguresConfig
 from ae_jax.errors import UserError
-from ae_jax.options import options, validate
+from ae_jax.options import Count, options, validate
 from ae_jax.runs import environment, folder, results
 from ae_jax.runs.member import Shared
 from ae_jax.runs.results import Table
 from ae_jax.runs.trainer import train_in_folders
+
+NumSeeds = Annotated[int, pydantic.Field(gt=0, le=2**16)]
+"""Each is a run folder."""
 
 
 @options
@@ -32,9 +34,9 @@ class Study(Config):
     By default each run keeps its newest checkpoint only, and draws no figures.
     """
 
-    num_seeds: PositiveInt = dataclasses.field(default=64, metadata={"resume": "raise"})
+    num_seeds: NumSeeds = dataclasses.field(default=64, metadata={"resume": "raise"})
     """How many seeds; may be raised later."""
-    together: PositiveInt = 8
+    together: Count = 8
     """Seeds that share a program; on an accelerator another number is other bits."""
     checkpoint: CheckpointConfig = config.section(
         lambda: CheckpointConfig(keep=1), resume="free"
@@ -42,6 +44,14 @@ class Study(Config):
     figures: FiguresConfig = config.section(
         lambda: FiguresConfig(epochs=(), draw=False), resume="free"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train.seed + self.num_seeds > 2**32:
+            raise ValueError(
+                f"num_seeds: {self.num_seeds} from {self.train.seed} on pass the last "
+                f"seed, {2**32 - 1}"
+            )
 
 
 MAX_FILES = 10_000
