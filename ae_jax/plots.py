@@ -69,7 +69,7 @@ MAX_LEGEND = 20
 
 METADATA: dict[str, dict[str, str | None]] = {
     "pdf": {"CreationDate": None},
-    "png": {"Software": None},
+    "png": {"Software": "ae_jax"},
     "svg": {"Date": None},
 }
 """The formats; None leaves out what would differ from one day or version to another."""

@@ -1,6 +1,7 @@
 """Compare runs: ``compare.py RUN RUN… [--sort METRIC] [--json] [--result NAME]``."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from ae_jax import cli, collapse, config
 from ae_jax.errors import UserError, suggest
+from ae_jax.files import read_bytes
 
 if TYPE_CHECKING:
     from ae_jax.runs.folder import Description
@@ -49,8 +51,7 @@ def main(
     from ae_jax.runs import folder
     from ae_jax.runs.results import to_markdown
 
-    if len(set(run_dirs)) < 2:
-        raise UserError(f"compare needs two runs or more, got {len(set(run_dirs))}")
+    check_arguments(run_dirs, result)
     described = {path: folder.read_description(path) for path in run_dirs}
     fields = {path: config.flatten(d.config) for path, d in described.items()}
     epochs = {path: folder.read_metrics(path) for path in run_dirs}
@@ -75,6 +76,14 @@ def main(
     if result is not None:
         rows = [fields[path] | row for path, row in scores.items()]
         keep(result, described[run_dirs[0]], rows, [*differ, *metrics])
+
+
+def check_arguments(run_dirs: tuple[Path, ...], result: str | None) -> None:
+    """Refuse what cannot be done before anything is read, or written."""
+    if result is not None and not re.fullmatch(r"\w[\w.-]*", result):
+        raise UserError(f"--result: must be a name, not a path, got {result}")
+    if len(set(run_dirs)) < 2:
+        raise UserError(f"compare needs two runs or more, got {len(set(run_dirs))}")
 
 
 def keep(name: str, first: "Description", rows: list[Row], shown: list[str]) -> None:
@@ -164,6 +173,8 @@ def draw(epochs: dict[Path, list[Row]]) -> Path:
         for path, name in names.items()
     }
     path = next(iter(epochs)).parent / "compare.png"
+    if path.exists() and b"ae_jax" not in read_bytes(path)[:500]:
+        raise UserError(f"{path}: not drawn by this command; move it elsewhere first")
     shown = next(iter(names.values())).upper() if same else ""
     plots.save(plots.loss_curves(curves, shown), path)
     return path

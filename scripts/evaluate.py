@@ -15,6 +15,8 @@ def main(
     checkpoint: str = "latest",
     split: Literal["test", "train", "validation"] = "test",
     as_json: Annotated[bool, arg(name="json")] = False,
+    data_dir: Annotated[Path | None, arg(name="data.dir")] = None,
+    data_source: Annotated[Path | None, arg(name="data.source")] = None,
 ) -> None:
     """Score a checkpoint on a whole split: loss, MSE, PSNR, SSIM, dead latent units.
 
@@ -23,11 +25,13 @@ def main(
         checkpoint: latest, best (by held-out loss, else by training loss), or a step.
         split: The images to score.
         as_json: Print one line of JSON.
+        data_dir: Folder in which data sets are prepared; default: the run's.
+        data_source: Your own images, if they have moved since.
     """
     from ae_jax.runs.run import can_die, open_run
 
     run = open_run(run_dir, checkpoint)
-    images = getattr(run.data(), split).images
+    images = getattr(run.data(data_dir, data_source), split).images
     if not len(images):
         raise UserError(f"{run_dir}: no {split} images; the run held none out")
     means = {f"{split}/{k}": v for k, v in run.score_split(images).items()}

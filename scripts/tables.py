@@ -38,10 +38,16 @@ def fill(text: str, results: Path) -> str:
 
     def number(match: re.Match[str]) -> str:
         path = results / f"{match[2]}.json"
-        headline = read_json(path, "restore it from git")["headline"]
+        result = read_json(path, "restore it from git")
+        headline = result.get("headline") if isinstance(result, dict) else None
+        if not isinstance(headline, dict):
+            raise UserError(f"{path}: no headline in it; restore it from git")
         if match[3] not in headline:
             raise UserError(f"{path}: no {match[3]!r}{suggest(match[3], headline)}")
-        return f"{match[1]}{headline[match[3]]:{match[4]}}{match[5]}"
+        try:
+            return f"{match[1]}{headline[match[3]]:{match[4]}}{match[5]}"
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{path}: {match[3]}: {error}; fix it") from error
 
     return NUMBER.sub(number, TABLE.sub(tables, text))
 

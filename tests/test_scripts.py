@@ -12,10 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT
+from life import small
 
 from ae_jax.config import CheckpointConfig, FiguresConfig
+from ae_jax.data import Npz
 from ae_jax.errors import UserError
 from ae_jax.files import read_json, write_json
+from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Denoising
 from ae_jax.runs import results
 from ae_jax.runs.figures import FIGURES
@@ -71,6 +74,24 @@ def test_evaluate_gives_the_numbers_that_the_run_logged(finished_run, capsys):
         evaluate.main(finished_run.folder, step, "validation", as_json=True)
         scores = json.loads(capsys.readouterr().out)
         assert scores["validation/mse"] == pytest.approx(row["val/mse"], rel=1e-6)
+
+
+def test_images_that_moved_are_scored_where_they_are(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 5, 4), np.uint8)
+    np.savez("a.npz", images=pixels)
+    dataset = Npz(dir=Path("here"), source=Path("a.npz"), streaming=True)
+    train_run(small(Path("run"), data=dataset, model=Autoencoder((4,), 2)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    Path("../a.npz").rename("../b.npz")
+    with pytest.raises(UserError, match=r"data\.source: a\.npz is not there"):
+        evaluate.main(tmp_path / "run")
+    evaluate.main(tmp_path / "run", data_source=Path("../b.npz"), as_json=True)
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (
+        scores["test/mse"] == read_json(tmp_path / "run" / "summary.json")["test/mse"]
+    )
 
 
 def test_evaluate_shows_every_number_on_a_line_of_its_own(finished_run, capsys):
@@ -243,6 +264,21 @@ def test_runs_of_two_objectives_share_what_both_have(
         compare.main((copied, noisy), result="two")
 
 
+def test_compare_overwrites_its_own_figure_alone_and_names_no_path(copied, other):
+    place = copied.parent / "compare.png"
+    place.unlink(missing_ok=True)
+    for _ in range(2):
+        compare.main((copied, other))
+    place.write_bytes(b"a user's")
+    with pytest.raises(UserError, match=r"compare\.png: not drawn by this command"):
+        compare.main((copied, other))
+    assert place.read_bytes() == b"a user's"
+    place.unlink()
+    with pytest.raises(UserError, match="--result: must be a name, not a path"):
+        compare.main((copied, other), result="../../x")
+    assert not place.exists()
+
+
 def test_compare_needs_two_runs(copied):
     with pytest.raises(UserError, match="two runs or more, got 1"):
         compare.main((copied, copied))
@@ -310,6 +346,22 @@ def test_a_number_in_the_text_is_its_results_in_the_format_asked_for(project):
     tables.main(root=project, check=True)
     (project / "docs" / "page.md").write_text(text.replace("two n", "two m"))
     with pytest.raises(UserError, match=r"two.json: no 'm'.*known are: n, share"):
+        tables.main(root=project)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([], "no headline in it; restore"),
+        ({"headline": 3}, "no headline in it; restore"),
+        ({"headline": {"share": "much"}}, "share: .*format code"),
+    ],
+)
+def test_a_number_that_is_none_is_named(project, result, message):
+    write_json(project / "experiments" / "results" / "two.json", result)
+    text = "<!-- number two share .1% --><!-- end -->"
+    (project / "docs" / "page.md").write_text(text)
+    with pytest.raises(UserError, match=f"two.json: {message}"):
         tables.main(root=project)
 
 

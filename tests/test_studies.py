@@ -138,6 +138,32 @@ def test_a_cell_of_collapse_trains_by_what_its_name_says_and_by_nothing_else(tmp
         assert second.train.seed == 1
 
 
+def test_the_command_of_collapse_ends_with_a_table_and_its_figures(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(study, "use_all_cores", lambda: None)
+    first, *_ = collapse.FACTORS
+    monkeypatch.setattr(collapse, "FACTORS", {first: collapse.FACTORS[first]})
+    quick = dataclasses.replace(
+        collapse.PRESETS["quick"],
+        run_dir=tmp_path / "study",
+        **SMALL,
+        num_seeds=2,
+        long_seeds=2,
+        long_epochs=2,
+    )
+    tables = []
+    for _ in range(2):  # the second time it is found finished
+        collapse.main(quick)
+        out = capsys.readouterr().out
+        tables.append([line for line in out.splitlines() if line.startswith("|")])
+    assert tables[0] == tables[1]
+    names = ["short/tutorial", f"short/{first}", "long/tutorial", f"long/{first}"]
+    assert [line.split("|")[1].strip() for line in tables[0][2:]] == names
+    for name in ("collapse.png", "collapse_cost.png"):
+        assert (tmp_path / "study" / name).exists()
+
+
 def test_collapse_trains_the_best_for_longer():
     base = dataclasses.replace(collapse.PRESETS["quick"], num_best=2)
     rows = {

@@ -72,6 +72,8 @@ class Data(pydantic.BaseModel):
     source: str
     num_train: int
     shape: tuple[int, int, int]
+    dir: str | None = None
+    """Where it lay, as seen from anywhere; None: the data set lies in no folder."""
 
 
 class Description(pydantic.BaseModel):
@@ -185,7 +187,7 @@ def write_summary(run_dir: Path, summary: dict[str, Any]) -> None:
 def read_summary(
     run_dir: Path, model: type[Outcome] = Summary
 ) -> dict[str, Any] | None:
-    """A summary.json; None if the run or study is not finished.
+    """What :func:`write_summary` wrote; None if the run or study is not finished.
 
     Args:
         run_dir: its folder.
@@ -203,7 +205,7 @@ def read_summary(
         validate(model, summary)
     except ValueError as error:
         raise UserError(f"{path}: damaged: {error}; {remedy}") from None
-    if summary["digest"] != _digest(run_dir, summary):
+    if summary.pop("digest") != _digest(run_dir, summary):
         raise UserError(
             f"{path}: damaged: it or metrics.jsonl is not what was written; {remedy}"
         )

@@ -3,6 +3,7 @@
 import datetime
 import functools
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -159,6 +160,8 @@ class Member:
         if changed:
             description.history.append(now.model_copy(update={"date": _today()}))
         description.config = config.to_json(self.config)
+        if place := getattr(self.config.data, "dir", None):
+            description.data.dir = str(Path(place).absolute())
         description.code = code_digests(self.config)
         if start_digest:
             description.init_from_digest = start_digest

@@ -211,13 +211,28 @@ class Run:
         """The run at another of its checkpoints: ``latest``, ``best`` or a step."""
         return open_like(self.config, self._functions, which)
 
-    def data(self) -> data.Dataset:
+    def data(
+        self, folder: Path | None = None, source: Path | None = None
+    ) -> data.Dataset:
         """The data that it is trained on.
+
+        Args:
+            folder: in which data sets are prepared; None: as the run had it, from
+                wherever it is asked for.
+            source: the user's own images, if they have moved.
 
         Raises:
             UserError: they are not what they were.
         """
-        dataset = data.load(self.config.data)
+        options = self.config.data
+        if folder is None and hasattr(options, "dir") and not options.dir.exists():
+            was = read_description(self.folder).data.dir
+            folder = Path(was) if was and Path(was).exists() else None
+        if folder is not None:
+            options = dataclasses.replace(options, dir=folder)
+        if source is not None:
+            options = dataclasses.replace(options, source=source)
+        dataset = data.load(options)
         check_fingerprint(self.folder, dataset)
         return dataset
 
