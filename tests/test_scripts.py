@@ -358,11 +358,10 @@ def test_a_number_in_the_text_is_its_results_in_the_format_asked_for(project):
     ],
 )
 def test_a_number_that_is_none_is_named(project, result, message):
-    write_json(project / "experiments" / "results" / "two.json", result)
+    write_json(project / "two.json", result)
     text = "<!-- number two share .1% --><!-- end -->"
-    (project / "docs" / "page.md").write_text(text)
     with pytest.raises(UserError, match=f"two.json: {message}"):
-        tables.main(root=project)
+        tables.fill(text, project)
 
 
 @pytest.mark.parametrize("result", [{}, [], {"table": 3}, {"table": {"rows": [[1]]}}])
