@@ -158,7 +158,7 @@ def test_the_command_of_collapse_ends_with_a_table_and_its_figures(
         out = capsys.readouterr().out
         tables.append([line for line in out.splitlines() if line.startswith("|")])
     assert tables[0] == tables[1]
-    names = ["short/tutorial", f"short/{first}", "long/tutorial", f"long/{first}"]
+    names = [f"{n}, {e} epochs" for e in (1, 2) for n in ("tutorial", first)]
     assert [line.split("|")[1].strip() for line in tables[0][2:]] == names
     for name in ("collapse.png", "collapse_cost.png"):
         assert (tmp_path / "study" / name).exists()
