@@ -287,8 +287,8 @@ def test_odd_files_are_passed_over_and_odd_names_are_not(folder, capfd):
         f"preparing 10 pictures of {folder} (once) …",
         "passed over 1 file (1 .txt), as notes.txt",
         "labels, from 0: . (8), again (1), linked (1)",
-        "3 of 10 pictures are of one colour, as 'a\\nb.JPEG'; what is transparent is "
-        "made white, see --data.background",
+        "3 of 10 pictures are of one colour, as 'a\\nb.JPEG'; if they show more on "
+        "black, give --data.background black",
     ]
 
 

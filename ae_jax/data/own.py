@@ -257,8 +257,8 @@ class Folder(UserImages):
         if plain:
             say(
                 f"{len(plain):,} of {len(names):,} pictures are of one colour, as "
-                f"{_show(names[plain[0]])}; what is transparent is made "
-                f"{self.background}, see --data.background"
+                f"{_show(names[plain[0]])}; if they show more on black, give "
+                "--data.background black"
             )
 
     def _decode_all(self, pictures: list[str], pixels: Path) -> list[str]:
