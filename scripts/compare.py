@@ -195,6 +195,10 @@ def conclude(rows: list[Row], metrics: list[str]) -> tuple[dict[str, Any], str]:
     ]
     counts = {name: outcomes.count(name) for name in collapse.OUTCOMES}
     headline: Row = {name.replace("-", "_"): n for name, n in counts.items()}
+    for name in ("mean_image", "pca"):
+        scores = {row.get(f"baseline/{name}/test/mse") for row in rows}
+        if len(scores) == 1 and None not in scores:
+            headline[f"test_mse_{name}"] = scores.pop()
     caption = ", ".join(f"{count} {name}" for name, count in counts.items())
     tests = [name for name in metrics if name.startswith("test/")]
     for test in ["test/mse"] if "test/mse" in tests else tests:
