@@ -349,7 +349,8 @@ def test_a_bad_source_file_is_named_with_its_fault(tiny, file, harm, message):
     expected = f"{re.escape(str(tiny.source))}.*{message.format(file)}"
     with pytest.raises(UserError, match=rf"^data\.source: {expected}"):
         data.load(tiny)
-    assert names_in(tiny.dir) == {"kmnist.lock"}
+    # What is missing is noticed before anything is made.
+    assert names_in(tiny.dir) == (set() if harm is Path.unlink else {"kmnist.lock"})
 
 
 @pytest.mark.parametrize("cls", [Mnist, data.FashionMnist])

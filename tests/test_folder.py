@@ -119,14 +119,17 @@ def test_a_run_that_is_in_use_is_refused_and_a_lock_left_behind_is_not(copy, sho
     assert_same_end(copy.run_dir, short_run.folder)
 
 
-@pytest.mark.parametrize("there", [[], ["config.json"]])
+@pytest.mark.parametrize("there", [[], ["config.json"], [".DS_Store"]])
 def test_an_empty_folder_or_a_config_alone_is_a_start(there, tmp_path, short_run):
     settings = small(tmp_path / "run")
     settings.run_dir.mkdir()
     for name in there:
-        shutil.copy(short_run.folder / name, settings.run_dir)
+        hidden = name.startswith(".")  # a file manager's
+        source = __file__ if hidden else short_run.folder / name
+        shutil.copy(source, settings.run_dir / name)
     train_run(settings)
     assert_same_end(settings.run_dir, short_run.folder)
+    assert all((settings.run_dir / name).exists() for name in there)
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):

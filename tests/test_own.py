@@ -11,7 +11,7 @@ import life
 import numpy as np
 import pytest
 from conftest import noise
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from ae_jax import data
 from ae_jax.data import Folder, ImageFile, Npz, stored
@@ -128,6 +128,17 @@ def test_the_shorter_side_is_resized_and_the_middle_taken(folder, ending):
         assert np.abs(found[1:-1, 1:-1].astype(int) - 200).max() <= 3
     Image.new("L", (1, 1), 77).save(folder / "dot.png")
     assert (decoded(folder / "dot.png", 1, image_size=8) == 77).all()
+
+
+def test_a_picture_with_a_long_text_or_profile_is_read(folder):
+    about = PngImagePlugin.PngInfo()
+    about.add_text("comment", "x" * 5_000_000, zip=True)
+    Image.fromarray(GREY).save(folder / "a.png", pnginfo=about)
+    Image.fromarray(GREY).save(folder / "b.png", icc_profile=bytes(3_000_000))
+    limit = PngImagePlugin.MAX_TEXT_CHUNK
+    for name in ("a.png", "b.png"):
+        np.testing.assert_array_equal(decoded(folder / name, 1), GREY)
+    assert limit == PngImagePlugin.MAX_TEXT_CHUNK
 
 
 def test_a_large_jpeg_read_at_an_eighth_is_near_the_whole_one(folder):

@@ -75,6 +75,9 @@ class MnistFiles(DataOptions):
             UserError: damaged files; a bad file in ``source``; no source left.
         """
         folder = self.dir / self.name
+        if self.source is not None and not stored.is_stored(folder):
+            for file in FILES:  # before anything is made
+                _find(self.source, file)
         source = stored.prepare_once(folder, lambda: _prepare(self))
         return stored.read_stored(folder, source, self.streaming, self.fingerprint)
 
@@ -260,13 +263,17 @@ def _fetch(dataset: MnistFiles, base: Any) -> tuple[list[np.ndarray], Source]:
     )
 
 
+def _find(folder: Path, file: str) -> Path:
+    stems = (file, file.replace("-idx", ".idx"))
+    paths = [folder / (stem + end) for stem in stems for end in ("", ".gz")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        raise UserError(f"data.source: {folder} has no file {file} or {file}.gz")
+    return path
+
+
 def _read_folder(folder: Path) -> Iterator[tuple[str, bytes]]:
-    for file in FILES:
-        stems = (file, file.replace("-idx", ".idx"))
-        paths = [folder / (stem + end) for stem in stems for end in ("", ".gz")]
-        path = next((path for path in paths if path.is_file()), None)
-        if path is None:
-            raise _SourceError(f"{folder} has no file {file} or {file}.gz")
+    for path in [_find(folder, file) for file in FILES]:
         yield str(path), path.read_bytes()
 
 

@@ -9,6 +9,7 @@ or of one colour, and files and arrays that nothing is done with.
 """
 
 import collections
+import contextlib
 import hashlib
 import math
 import os
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 """Files that have one of these, in whatever case, are taken for pictures."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+TEXT_BYTES = 2**26
+"""Of a picture's texts and colour profile, which are unpacked, and not used."""
 DARK = 64
 """Of 255; if no pixel of any image is as bright, their range is another, it seems."""
 HELD_OUT = {"val", "valid", "validation", "dev", "eval"}
@@ -298,9 +301,7 @@ class Folder(UserImages):
 
         broken = list[str]()
         for name in tqdm(pictures, unit=" pictures", disable=None, leave=False):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd, but readable, pictures
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with _tolerant(Image):
                 image = self._read(name)
             if not isinstance(image, str):
                 yield name, image
@@ -372,6 +373,25 @@ class Folder(UserImages):
                 f"{white}"
             )
         return np.round(values * (255 / white)).astype(np.uint8)
+
+
+@contextlib.contextmanager
+def _tolerant(image: Any) -> Iterator[None]:
+    """Have Pillow, here, read odd pictures, with long texts and colour profiles too."""
+    from PIL import PngImagePlugin
+
+    names = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")
+    limits = {name: getattr(PngImagePlugin, name) for name in names}
+    try:
+        for name in names:
+            setattr(PngImagePlugin, name, TEXT_BYTES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", image.DecompressionBombWarning)
+            yield
+    finally:
+        for name, limit in limits.items():
+            setattr(PngImagePlugin, name, limit)
 
 
 def _split_of(name: str) -> str | None:

@@ -180,6 +180,11 @@ def _form(array: Any) -> str:
     return f"{'×'.join(map(str, array.shape)) or 'a single value'} of {array.dtype}"
 
 
+def is_stored(folder: Path) -> bool:
+    """Whether a set is stored in a folder, whole."""
+    return (folder / "fingerprint.txt").exists()
+
+
 def prepare_once(folder: Path, prepare: Callable[[], Source]) -> Source:
     """Have a set stored in ``folder``, which one process alone prepares.
 
@@ -187,8 +192,7 @@ def prepare_once(folder: Path, prepare: Callable[[], Source]) -> Source:
         folder: where :func:`store` puts it.
         prepare: stores it, and says where it came from; may leave ``incomplete.*``.
     """
-    complete = folder / "fingerprint.txt"
-    if complete.exists():
+    if is_stored(folder):
         return "prepared"
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
@@ -200,7 +204,7 @@ def prepare_once(folder: Path, prepare: Callable[[], Source]) -> Source:
     try:
         folder.mkdir(exist_ok=True)
         _clear(folder)
-        return "prepared" if complete.exists() else prepare()
+        return "prepared" if is_stored(folder) else prepare()
     finally:
         _clear(folder)
         with contextlib.suppress(OSError):

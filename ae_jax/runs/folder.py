@@ -49,8 +49,9 @@ def lock(run_dir: Path, known_by: str = "config.json") -> Iterator[None]:
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(foreign)
     run_dir.mkdir(parents=True, exist_ok=True)
-    ours = {".lock", f".{known_by}.partial"}
-    if not (run_dir / known_by).exists() and set(os.listdir(run_dir)) - ours:
+    # Hidden names count for nothing: our lock, and what file managers leave.
+    content = [name for name in os.listdir(run_dir) if not name.startswith(".")]
+    if content and known_by not in content:
         raise UserError(foreign)
     try:
         with filelock.FileLock(run_dir / ".lock", blocking=False):
