@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import filelock
+
 from ae_jax.errors import UserError
 
 
@@ -39,6 +41,32 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, plain: Any) -> None:
     """Write JSON, indented, with a newline at the end."""
     write_text(path, json.dumps(plain, indent=2) + "\n")
+
+
+def take_lock(path: Path, wait: bool) -> filelock.BaseFileLock | None:
+    """Lock a file for this process; the system unlocks it, however the process ends.
+
+    Args:
+        path: the file; it is made, and stays.
+        wait: for another process that holds it; else None is returned.
+
+    Raises:
+        UserError: its file system keeps no locks.
+        OSError: it cannot be made.
+    """
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except filelock.Timeout:
+        return None
+    except OSError as error:
+        if error.filename:
+            raise
+        raise UserError(  # of a network's file system, some of which refuse
+            f"{path}: its file system keeps no locks ({error.strerror}); choose a "
+            "folder on another"
+        ) from error
+    return lock
 
 
 def open_file(path: Path) -> BinaryIO:

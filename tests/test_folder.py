@@ -1,5 +1,6 @@
 """The contract of a run folder: its files, who may use it, what is said of damage."""
 
+import errno
 import json
 import os
 import shutil
@@ -130,6 +131,19 @@ def test_an_empty_folder_or_a_config_alone_is_a_start(there, tmp_path, short_run
     train_run(settings)
     assert_same_end(settings.run_dir, short_run.folder)
     assert all((settings.run_dir / name).exists() for name in there)
+
+
+@pytest.mark.parametrize("number", [errno.EBADF, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch, number):
+    """As NFS and Lustre may be."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    expected = rf"\.lock: its file system keeps no locks \({os.strerror(number)}\)"
+    with pytest.raises(UserError, match=expected):
+        train_run(small(tmp_path / "run"))
 
 
 def test_a_folder_that_is_no_run_is_left_alone(tmp_path):

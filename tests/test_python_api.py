@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import logging
+import multiprocessing
 import os
 import pickle
 import signal
@@ -218,6 +219,13 @@ def test_latents_are_numbers_as_they_are(finished_run):
     ):
         with pytest.raises(UserError, match=message):
             finished_run.decode(wrong)
+
+
+def test_a_run_works_in_the_processes_of_a_pool(finished_run):
+    images = finished_run.data().test.images[:6]
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        (latents,) = pool.map(finished_run.encode, [images])
+    np.testing.assert_array_equal(latents, finished_run.encode(images))
 
 
 def test_a_run_is_pickled_as_its_folder_and_step(finished_run):

@@ -20,12 +20,12 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
-import filelock
 import numpy as np
 from jaxtyping import Integer, UInt8
 from pydantic import Field
 
 from ae_jax.errors import UserError
+from ae_jax.files import take_lock
 from ae_jax.options import options
 
 Source = Literal["prepared", "directory", "file", "download", "npm", "bundled"]
@@ -195,12 +195,12 @@ def prepare_once(folder: Path, prepare: Callable[[], Source]) -> Source:
     if is_stored(folder):
         return "prepared"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder.with_name(f"{folder.name}.lock"))
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
+    place = folder.with_name(f"{folder.name}.lock")
+    lock = take_lock(place, wait=False)
+    if lock is None:
         say(f"waiting for another process that prepares {folder.name} …")
-        lock.acquire()
+        lock = take_lock(place, wait=True)
+    assert lock is not None  # it has waited
     try:
         folder.mkdir(exist_ok=True)
         _clear(folder)

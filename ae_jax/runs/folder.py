@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import pydantic
 
 from ae_jax.errors import UserError
-from ae_jax.files import read_bytes, read_json, write_json, write_text
+from ae_jax.files import read_bytes, read_json, take_lock, write_json, write_text
 from ae_jax.options import validate
 from ae_jax.runs.environment import Environment
 
@@ -53,14 +52,16 @@ def lock(run_dir: Path, known_by: str = "config.json") -> Iterator[None]:
     content = [name for name in os.listdir(run_dir) if not name.startswith(".")]
     if content and known_by not in content:
         raise UserError(foreign)
-    try:
-        with filelock.FileLock(run_dir / ".lock", blocking=False):
-            yield
-    except filelock.Timeout as error:
+    held = take_lock(run_dir / ".lock", wait=False)
+    if held is None:
         raise UserError(
             f"{run_dir}: in use by another process; wait for it, or choose another "
             "--run-dir"
-        ) from error
+        )
+    try:
+        yield
+    finally:
+        held.release()
 
 
 # --- config.json --------------------------------------------------------------------
