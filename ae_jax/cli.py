@@ -56,11 +56,13 @@ def exit_with(
     if message:
         with contextlib.suppress(OSError):  # the status says it too
             print(f"error: {message}", file=sys.stderr, flush=True)
-    if status and has_peers():
-        # An orderly end would wait for the other processes, which wait for this one.
-        sys.stdout.flush()
+    if status:
+        # An orderly end would wait for Orbax's threads, whose save may have failed,
+        # or for the other processes of a run, which wait for this one.
+        with contextlib.suppress(OSError, ValueError):  # closed, or full
+            print(end="", flush=True)
         os._exit(status)
-    sys.exit(status)
+    sys.exit(0)
 
 
 def _write_any_text() -> None:

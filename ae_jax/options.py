@@ -38,8 +38,8 @@ def options(cls: type[T]) -> type[T]:
             raise ValueError(explain(error)) from None
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Path) and "\0" in str(value):
-                raise ValueError(f"{field.name}: a path cannot hold NUL")
+            if isinstance(value, Path):
+                _check_path(field.name, str(value))
 
     made.__init__ = __init__
     checked: type[T] = made
@@ -80,6 +80,16 @@ def explain(error: pydantic.ValidationError, prefix: str = "") -> str:
         return f"{path}: {message}" if path else message
 
     return "; ".join(map(one, error.errors()))
+
+
+def _check_path(name: str, path: str) -> None:
+    """Refuse what the system, JSON, or a library that we give it to cannot take."""
+    if "\0" in path:
+        raise ValueError(f"{name}: a path cannot hold NUL")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: {path!r} is not UTF-8; rename it") from None
 
 
 def _short(value: Any) -> str:

@@ -299,6 +299,21 @@ def test_a_save_that_fails_in_the_background_is_not_lost(tmp_path, monkeypatch):
     assert train_run(config).step == 6
 
 
+def test_a_folder_that_is_taken_away_meanwhile_is_named(tmp_path, monkeypatch):
+    """Orbax then misses a file of its own, and says so at length."""
+    from orbax.checkpoint import v1 as ocp
+
+    class Saving:
+        def result(self):
+            shutil.rmtree(tmp_path / "run")
+            raise ValueError("No ArrayMetadata found")
+
+    monkeypatch.setattr(ocp, "save_checkpointables_async", lambda *_: Saving())
+    with pytest.raises(FileNotFoundError) as caught:
+        train_run(small(tmp_path / "run"))
+    assert caught.value.filename == str(tmp_path / "run" / "checkpoints")
+
+
 @pytest.mark.parametrize("name", ["075", "7e1", "٧٥", "-75", "75.old"])
 def test_a_folder_of_a_name_that_we_do_not_give_is_no_step(tmp_path, name):
     for folder in ("75", name):

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -186,7 +187,11 @@ def _handlers():
     ],
     ids=repr,
 )
-def test_the_exit_status_tells_how_it_ended_and_one_line_why(error, expected, capsys):
+def test_the_exit_status_tells_how_it_ended_and_one_line_why(
+    error, expected, capsys, monkeypatch
+):
+    monkeypatch.setattr(os, "_exit", sys.exit)
+
     def action():
         if error:
             raise error

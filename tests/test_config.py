@@ -231,6 +231,12 @@ BAD_JSON = {
 }
 
 
+def test_a_path_must_be_utf8():
+    with pytest.raises(ValueError, match=r"run_dir: 'a.udcff' is not UTF-8; rename"):
+        Config(run_dir=Path(os.fsdecode(b"a\xff")))
+    assert Config(run_dir=Path("ö 画")).run_dir == Path("ö 画")
+
+
 @pytest.mark.parametrize("kind", BAD_JSON)
 def test_json_that_is_none_or_out_of_range_is_named_in_a_line(tmp_path, kind):
     text, message = BAD_JSON[kind]

@@ -125,6 +125,8 @@ def _disks_refusals(folder: Path) -> Iterator[None]:
     except Exception as error:
         number = _errno(error)
         _settle()
+        if not number and not folder.is_dir():  # someone has taken it away
+            number = errno.ENOENT
         if not number:
             raise
         raise OSError(number, os.strerror(number), str(folder)) from error
