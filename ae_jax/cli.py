@@ -66,9 +66,15 @@ def exit_with(
 
 
 def _write_any_text() -> None:
-    """Have characters that a terminal does not know shown by their number."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # and not closed, or replaced
+    """Have characters that a terminal does not know shown by their number.
+
+    What is closed (``2>&-``) is written to all the same, into nothing.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):  # and not replaced
             stream.reconfigure(errors="backslashreplace")
 
 

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -248,6 +249,16 @@ def test_output_that_does_not_fit_is_one_line(module):
             check=False,
         )
     assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&- <&-"])
+def test_it_trains_with_nothing_to_write_to(tmp_path, closed):
+    command = [sys.executable, "-m", "experiments.tutorial", *SMALL]
+    command += ["--train.num-epochs", 1, "--run-dir", tmp_path / "run"]
+    line = f"{shlex.join(map(str, command))} {closed}"
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_script_notices_that_it_runs_another_clones_code(tmp_path, short_run):
