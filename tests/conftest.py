@@ -6,6 +6,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import itertools
+import sys
 import tempfile
 from pathlib import Path
 
@@ -27,7 +28,7 @@ jax.config.update("jax_compilation_cache_dir", _cache.name)
 # Every test compiles the same small programs: each is compiled once in a session.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-from ae_jax import data
+from ae_jax import cli, data
 from ae_jax.config import Config, FiguresConfig, TrainConfig
 from ae_jax.models.dense import Autoencoder
 from ae_jax.runs.run import Run
@@ -36,6 +37,12 @@ from ae_jax.runs.trainer import train_run
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _commands_do_not_end_the_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that fails within a test raises SystemExit, as any other does."""
+    monkeypatch.setattr(cli, "leave", sys.exit)
 
 
 @pytest.fixture(scope="module")

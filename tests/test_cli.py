@@ -3,10 +3,10 @@
 import dataclasses
 import errno
 import json
-import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import life
@@ -187,10 +187,7 @@ def _handlers():
     ],
     ids=repr,
 )
-def test_the_exit_status_tells_how_it_ended_and_one_line_why(
-    error, expected, capsys, monkeypatch
-):
-    monkeypatch.setattr(os, "_exit", sys.exit)
+def test_the_exit_status_tells_how_it_ended_and_one_line_why(error, expected, capsys):
 
     def action():
         if error:
@@ -241,6 +238,16 @@ def test_a_process_with_peers_waits_for_nobody_after_our_own_bug():
     status, out, err = life.run("-c", END, waits, 0, "has peers")
     assert (status, out) == (1, "begun\n")
     assert "ZeroDivisionError" in err
+
+
+def test_a_command_that_fails_waits_for_no_thread():
+    """Orbax's may wait for a save that has failed, for minutes."""
+    waits = "import threading, time\n"
+    waits += "threading.Thread(target=time.sleep, args=(100,)).start()\n"
+    waits += "raise OSError(28, 'full')"
+    start = time.monotonic()
+    assert life.run("-c", END, waits, 0) == (2, "begun\n", "error: full\n")
+    assert time.monotonic() - start < 60
 
 
 def test_output_that_nobody_reads_any_more_ends_the_command_quietly():
