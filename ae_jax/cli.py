@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import tyro
 
 from ae_jax import registry
-from ae_jax.errors import Diverged, UserError, leave_on_signals
+from ae_jax.errors import Diverged, UserError, leave, leave_on_signals
 
 C = TypeVar("C")
 
@@ -57,19 +57,10 @@ def exit_with(
         with contextlib.suppress(OSError):  # the status says it too
             print(f"error: {message}", file=sys.stderr, flush=True)
     if status:
+        # An orderly end would wait for Orbax's threads, whose save may have failed,
+        # or for the other processes of a run, which wait for this one.
         leave(status)
     sys.exit(0)
-
-
-def leave(status: int) -> NoReturn:
-    """End the process at once.
-
-    An orderly end would wait for Orbax's threads, whose save may have failed, or for
-    the other processes of a run, which wait for this one.
-    """
-    with contextlib.suppress(OSError, ValueError):  # closed, or full
-        print(end="", flush=True)
-    os._exit(status)
 
 
 def _write_any_text() -> None:

@@ -232,11 +232,15 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def machine_memory_bytes() -> int:
+    """What this machine's own memory holds."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def memory_bytes() -> int:
     """What a device of ours can hold, or, where it does not say, this machine."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return int(stats.get("bytes_limit", machine))
+    return int(stats.get("bytes_limit", machine_memory_bytes()))
 
 
 def peak_memory() -> dict[str, int]:

@@ -4,7 +4,6 @@ import contextlib
 import difflib
 import os
 import signal
-import sys
 from collections.abc import Iterable
 from types import FrameType
 from typing import NoReturn
@@ -26,6 +25,14 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"{hint}; known are: {', '.join(names)}"
 
 
+def leave(status: int) -> NoReturn:
+    """End the process at once, whatever its threads are doing."""
+    # It may be called within a print (RuntimeError), or stdout be full or closed.
+    with contextlib.suppress(RuntimeError, OSError, ValueError):
+        print(end="", flush=True)
+    os._exit(status)
+
+
 def leave_on_signals() -> None:
     """For commands: end at once on SIGINT and SIGTERM, with the shell's status for it.
 
@@ -33,11 +40,9 @@ def leave_on_signals() -> None:
     the next command.
     """
 
-    def leave(signum: int, frame: FrameType | None) -> NoReturn:
+    def handle(signum: int, frame: FrameType | None) -> NoReturn:
         # Not by an exception: Python drops one raised within an import's callback.
-        with contextlib.suppress(RuntimeError, OSError):  # it fell into a print
-            sys.stdout.flush()
-        os._exit(128 + signum)
+        leave(128 + signum)
 
-    signal.signal(signal.SIGINT, leave)
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, handle)
+    signal.signal(signal.SIGTERM, handle)

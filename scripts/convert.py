@@ -104,9 +104,8 @@ def _check_paths(src: Path, dst: Path) -> None:
         return
     if os.path.lexists(dst):
         raise UserError(f"{dst}: exists already; delete it, or choose another DST")
-    if (
-        dst.suffix[1:2].isalpha() and dst.suffix not in WRITERS
-    ):  # runs/mnist-0.2 is well
+    # A run folder may be called mnist-0.2.
+    if dst.suffix[1:2].isalpha() and dst.suffix not in WRITERS:
         known = ", ".join(WRITERS)
         raise UserError(f"{dst}: unknown ending; DST must be {endings} {known}")
     if dst.suffix in WRITERS and not dst.parent.is_dir():

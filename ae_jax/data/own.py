@@ -296,12 +296,11 @@ class Folder(UserImages):
         Raises:
             UserError: one cannot be read and may not be skipped, or none can be.
         """
-        from PIL import Image
         from tqdm import tqdm
 
         broken = list[str]()
         for name in tqdm(pictures, unit=" pictures", disable=None, leave=False):
-            with _tolerant(Image):
+            with _tolerant():
                 image = self._read(name)
             if not isinstance(image, str):
                 yield name, image
@@ -376,9 +375,9 @@ class Folder(UserImages):
 
 
 @contextlib.contextmanager
-def _tolerant(image: Any) -> Iterator[None]:
+def _tolerant() -> Iterator[None]:
     """Have Pillow, here, read odd pictures, with long texts and colour profiles too."""
-    from PIL import PngImagePlugin
+    from PIL import Image, PngImagePlugin
 
     names = ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY")
     limits = {name: getattr(PngImagePlugin, name) for name in names}
@@ -387,7 +386,7 @@ def _tolerant(image: Any) -> Iterator[None]:
             setattr(PngImagePlugin, name, TEXT_BYTES)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", image.DecompressionBombWarning)
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
     finally:
         for name, limit in limits.items():

@@ -92,13 +92,8 @@ def build(
     params = jax.eval_shape(draw_params, key_for(0, Purpose.INIT))
     _check_memory(params, train.batch_size * math.prod(shape) * dtype.itemsize)
     # Traced here, so that a mistake in either is found before anything is written.
-    metrics = jax.eval_shape(
-        lambda: losses(
-            draw_params(key_for(0, Purpose.INIT)),
-            jnp.zeros((1, *shape), dtype),
-            key_for(0, Purpose.STEP)[None],
-        )
-    )
+    x = jnp.zeros((1, *shape), dtype)
+    metrics = jax.eval_shape(losses, params, x, key_for(0, Purpose.STEP)[None])
 
     def start_from(params: Params, seed: Any) -> TrainState:
         key = key_for(seed, Purpose.STEP)

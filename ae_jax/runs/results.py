@@ -1,7 +1,6 @@
 """A finished reference run of an experiment, as ``experiments/results/NAME.json``."""
 
 import datetime
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 from typing_extensions import TypedDict
 
+from ae_jax.devices import machine_memory_bytes
 from ae_jax.errors import UserError
 from ae_jax.files import read_json, write_json
 from ae_jax.options import validate
@@ -35,12 +35,11 @@ def machine(accelerator: str) -> dict[str, Any]:
     Args:
         accelerator: JAX's name of the device, ``cpu`` if there is none.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cores": usable_cores(),
         "cpu": cpu_model(),
         "accelerator": accelerator,
-        "memory_gib": round(memory / 2**30, 1),
+        "memory_gib": round(machine_memory_bytes() / 2**30, 1),
         "gflops": round(measure_gflops(), 1),
     }
 

@@ -156,8 +156,10 @@ class Run:
 
     def decode(self, latents: Any) -> Float[np.ndarray, "N H W C"]:
         """Images of latents [N, K], pixels in [0, 1]."""
-        shape = self.encode(np.zeros((0, *self.shape), np.uint8)).shape[1:]
-        return self._apply("decode", as_latents(latents, shape))
+        one = np.zeros((1, *self.shape), np.float32), np.arange(1)
+        with devices.numerics(self.config.train.precision):
+            latent = jax.eval_shape(self._function("encode"), self.params, *one)
+        return self._apply("decode", as_latents(latents, latent.shape[1:]))
 
     def reconstruct(self, images: Any) -> Float[np.ndarray, "N H W C"]:
         """What the model makes of images, pixels in [0, 1]."""
