@@ -141,23 +141,122 @@ class Reconstruction:
         return binary_cross_entropy(logits, x), {"mse": mse}
 
 
-@options
-class Denoising:
-    """The clean image, from a noisy one."""
+class _FromNoisy:
+    """The clean image, from one that ``corrupt`` has made noisy."""
 
-    sigma: Annotated[FiniteFloat, Field(ge=0)] = 0.25
-    """Standard deviation of the Gaussian noise; white is 1."""
     loss_name: ClassVar[str] = "denoising_mse"
 
-    def __call__(self, model: Any, params: Any, x: Any, key: Any) -> Any:
+    def corrupt(
+        self, x: Float[Array, "H W C"], key: Key[Array, ""]
+    ) -> Float[Array, "H W C"]:
+        """An image with fresh noise, pixels in [0, 1]."""
+        raise NotImplementedError
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Params,
+        x: Float[Array, "H W C"],
+        key: Key[Array, ""],
+    ) -> tuple[Loss, dict[str, Float[Array, ""]]]:
         """The squared error of what the model makes of the noisy image."""
-        noisy = x + self.sigma * jax.random.normal(key, x.shape, x.dtype)
-        return squared_error(apply(model, params, jnp.clip(noisy, 0, 1)), x), {}
+        return squared_error(apply(model, params, self.corrupt(x, key)), x), {}
+
+
+def _draw_level(
+    level: float, other: float | None, key: Key[Array, ""], dtype: Any
+) -> float | Float[Array, ""]:
+    """An image's noise level: the one, or uniform between it and the other."""
+    if other is None:
+        return level
+    # Another key than that of the noise itself.
+    share = jax.random.uniform(jax.random.fold_in(key, 1), (), dtype)
+    return other + share * (level - other)
+
+
+Sigma = Annotated[FiniteFloat, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@options
+class Denoising(_FromNoisy):
+    """The clean image, from one with Gaussian noise, clipped to [0, 1]."""
+
+    sigma: Sigma = 0.25
+    """Standard deviation of the Gaussian noise; white is 1."""
+    sigma_min: Sigma | None = None
+    """Given, each image's is drawn anew, uniform between this and sigma."""
+
+    def corrupt(self, x: Any, key: Any) -> Any:
+        """See :class:`_FromNoisy`."""
+        sigma = _draw_level(self.sigma, self.sigma_min, key, x.dtype)
+        return jnp.clip(x + sigma * jax.random.normal(key, x.shape, x.dtype), 0, 1)
+
+
+@options
+class SaltAndPepper(_FromNoisy):
+    """The clean image, from one of whose pixels a share is black or white."""
+
+    share: Share = 0.1
+    """The share of the pixels, half of which turn white and half black."""
+    share_min: Share | None = None
+    """Given, each image's is drawn anew, uniform between this and share."""
+
+    def corrupt(self, x: Any, key: Any) -> Any:
+        """See :class:`_FromNoisy`; the channels of a pixel each draw their own."""
+        share = _draw_level(self.share, self.share_min, key, x.dtype)
+        draw = jax.random.uniform(key, x.shape, x.dtype)
+        return jnp.where(draw < share / 2, 0, jnp.where(draw < share, 1, x))
+
+
+@options
+class Masking(_FromNoisy):
+    """The clean image, from one of whose pixels a share is black.
+
+    Source:
+        Vincent et al., "Extracting and composing robust features with denoising
+        autoencoders", ICML 2008.
+    """
+
+    share: Share = 0.5
+    """The share of the pixels that are masked."""
+    share_min: Share | None = None
+    """Given, each image's is drawn anew, uniform between this and share."""
+
+    def corrupt(self, x: Any, key: Any) -> Any:
+        """See :class:`_FromNoisy`; all channels of a pixel are masked."""
+        share = _draw_level(self.share, self.share_min, key, x.dtype)
+        return x * (jax.random.uniform(key, (*x.shape[:-1], 1), x.dtype) >= share)
+
+
+@options
+class AnyNoise(_FromNoisy):
+    """The clean image, from one with noise of any kind and level up to these."""
+
+    sigma: Sigma = 0.5
+    """Highest standard deviation of Gaussian noise."""
+    flipped: Share = 0.3
+    """Highest share of pixels that turn black or white."""
+    masked: Share = 0.5
+    """Highest share of pixels that are masked."""
+
+    def corrupt(self, x: Any, key: Any) -> Any:
+        """See :class:`_FromNoisy`; the three kinds are equally likely."""
+        kinds = (
+            Denoising(self.sigma, 0),
+            SaltAndPepper(self.flipped, 0),
+            Masking(self.masked, 0),
+        )
+        noisy = jnp.stack([kind.corrupt(x, key) for kind in kinds])
+        return noisy[jax.random.randint(jax.random.fold_in(key, 2), (), 0, len(kinds))]
 
 
 OBJECTIVES: dict[str, type[Any]] = {
     "reconstruction": Reconstruction,
     "denoising": Denoising,
+    "salt_and_pepper": SaltAndPepper,
+    "masking": Masking,
+    "any_noise": AnyNoise,
 }
 """The objectives by the name that ``--objective.name`` takes."""
 

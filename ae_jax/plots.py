@@ -413,6 +413,27 @@ def bars(values: Mapping[str, float], xlabel: str, limit: tuple[str, float]) -> 
     return figure
 
 
+@matplotlib.style.context(STYLE)
+def lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+) -> Figure:
+    """Curves over one axis, each with a marker of its own.
+
+    Args:
+        curves: x and y of each, by its name.
+        xlabel: what they are over.
+        ylabel: what they are of, with its unit.
+    """
+    figure = Figure((7, 4.5), layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
+    for number, (name, curve) in enumerate(curves.items()):
+        axes.plot(*curve, marker="os^Dv"[number % 5], label=name)
+    axes.legend()
+    return figure
+
+
 class Panel(NamedTuple):
     """How a cost grows, for :func:`scaling`.
 

@@ -155,7 +155,7 @@ def test_help_explains_presets_names_and_options(capsys):
         "What it does.",
         "--preset {reference,quick,elsewhere} chooses the values that the options",
         "(default: reference)",
-        "--objective.name {reconstruction,denoising} (now: reconstruction)",
+        "--objective.name {reconstruction,denoising,",
         "Passes over the training split",
         "(default: 2)",
     ):

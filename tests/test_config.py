@@ -143,7 +143,10 @@ WRONG_JSON = [
     ({"model": {}}, r'model: must be an object with a "name"'),
     ({"model": {"name": "cnov"}}, r"model\.name: there is no cnov \(did you mean conv"),
     ({"model": {"name": "conv", "hidden": [8, "a"]}}, r"model\.hidden\.1: .* got 'a'"),
-    ({"objective": {"name": "denoising", "loss": 1}}, r"objective\.loss: .* known are"),
+    (
+        {"objective": {"name": "denoising", "width": 1}},
+        r"objective\.width: .* known are",
+    ),
     ({"data": {"name": "mnist", "dir": None}}, r"data\.dir: .* got None"),
     ([], "config: must be an object"),
 ]

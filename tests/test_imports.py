@@ -19,7 +19,7 @@ baselines collapse devices
 data
 config
 runs
-parity
+parity tasks
 cli
 """
 # One module alone imports these; runs.figures and runs.run name the type Figure.

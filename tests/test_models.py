@@ -17,22 +17,34 @@ from ae_jax.keys import Purpose, key_for
 from ae_jax.models import MODELS
 from ae_jax.models.conv import ConvAutoencoder
 from ae_jax.models.dense import Autoencoder
-from ae_jax.models.layers import downsample, uniform_within, upsample
+from ae_jax.models.layers import (
+    convolve,
+    downsample,
+    fold,
+    unfold,
+    uniform_within,
+    upsample,
+)
+from ae_jax.models.residual import Residual
 from ae_jax.objectives import Reconstruction
 from ae_jax.runs import program
 
 SHAPE, LEADING = (5, 6, 3), (2, 4)
 KEY = key_for(0, Purpose.INIT)
 IMAGES = np.random.default_rng(0).random((*LEADING, *SHAPE))
-WIDTHS = {Autoencoder: (11, 9), ConvAutoencoder: (4, 7)}
+SMALL = {
+    Autoencoder: {"hidden": (11, 9)},
+    ConvAutoencoder: {"hidden": (4, 7)},
+    Residual: {"channels": 5, "num_blocks": 2},
+}
 """Of models whose defaults compile slowly, or are large."""
 
 
 def make(cls, shape=SHAPE, precision="float64", **options):
     """A model none of whose units is dead, and parameters for it."""
     fields = {field.name for field in dataclasses.fields(cls)}
-    options = {"hidden": WIDTHS.get(cls), "latent_activation": "none", **options}
-    options = {k: v for k, v in options.items() if v and k in fields}
+    options = {"latent_activation": "none", **SMALL.get(cls, {}), **options}
+    options = {k: v for k, v in options.items() if k in fields}
     net = cls(**options).make(shape, precision)
     with devices.numerics(precision):
         variables = jax.eval_shape(net.init, KEY, jnp.zeros(shape))
@@ -66,8 +78,8 @@ def test_any_leading_axes_give_the_same_values_and_each_image_is_by_itself(cls):
 
 def test_call_is_decode_of_encode_and_decode_the_sigmoid_of_logits(cls):
     net, params = make(cls)
-    if not hasattr(net, "encode"):
-        pytest.skip("has no latent")
+    if not hasattr(net, "encode"):  # it has no latent, and logits of an image
+        return
     with devices.numerics("float64"):
         x = jnp.asarray(IMAGES)
         latent = forward(net, "encode")(params, x)
@@ -142,7 +154,7 @@ def test_the_tutorials_network_is_the_default():
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])
-@pytest.mark.parametrize("cls", WIDTHS)
+@pytest.mark.parametrize("cls", [Autoencoder, ConvAutoencoder])
 def test_the_gradient_of_relu_at_zero_is_zero_as_in_torch(cls, activation):
     # jnp.maximum(x, 0) would pass on half of it, and every other test. Black images
     # and zero biases bring every unit to exactly zero.
@@ -166,14 +178,18 @@ def test_the_gradient_of_relu_at_zero_is_zero_as_in_torch(cls, activation):
 
 
 @pytest.mark.parametrize("height", range(1, 6))
-def test_downsample_and_upsample_equal_jaxs_own_convolutions(height):
+def test_our_convolutions_equal_jaxs_own(height):
     rng = np.random.default_rng(height)
     x = jnp.asarray(rng.random((2, height, 6, 3)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 5)), jnp.float32)
-    down = jax.lax.conv_general_dilated(
-        x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    same, down = (
+        jax.lax.conv_general_dilated(
+            x, kernel, (n, n), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        for n in (1, 2)
     )
     up = jax.lax.conv_transpose(x, kernel, (2, 2), "SAME")
+    np.testing.assert_allclose(jax.jit(convolve)(x, kernel), same, atol=1e-5)
     np.testing.assert_allclose(jax.jit(downsample)(x, kernel), down, atol=1e-5)
     np.testing.assert_allclose(jax.jit(upsample)(x, kernel), up, atol=1e-5)
 
@@ -192,6 +208,37 @@ def test_images_too_small_for_the_stages_are_refused(shape, stages, message):
     net = ConvAutoencoder(hidden=(4,) * (stages - 1)).make(shape, "float32")
     recon = jax.eval_shape(net.init_with_output, KEY, jnp.zeros(shape))[0]
     assert recon.shape == shape
+
+
+# --- The residual one -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3), (5, 7, 1), (1, 1, 2)])
+def test_unfold_undoes_fold_and_odd_sides_are_filled_up(shape):
+    x = jnp.asarray(np.random.default_rng(0).random((2, *shape)))
+    folded = fold(x)
+    height, width, channels = shape
+    assert folded.shape == (2, -(-height // 2), -(-width // 2), 4 * channels)
+    found = unfold(folded)
+    np.testing.assert_array_equal(found[:, :height, :width], x)
+    assert not found[:, height:].any()
+    assert not found[:, :, width:].any()
+
+
+def test_a_residual_net_begins_with_the_image_itself():
+    net = Residual(channels=5, num_blocks=2).make(SHAPE, "float64")
+    with devices.numerics("float64"):
+        x = jnp.asarray(IMAGES)
+        found = net.apply(net.init(KEY, x), x)
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(4 - 6 * IMAGES)), rtol=1e-12)
+
+
+def test_a_residual_nets_parameters_fit_images_of_any_size():
+    nets = [Residual(4, 1).make(shape, "float32") for shape in (SHAPE, (9, 2, 3))]
+    shapes = [
+        jax.tree.map(jnp.shape, net.init(KEY, jnp.zeros(net.shape))) for net in nets
+    ]
+    assert shapes[0] == shapes[1]
 
 
 # --- First draws ----------------------------------------------------------------------

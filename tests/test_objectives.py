@@ -20,8 +20,11 @@ from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import (
     OBJECTIVES,
     RESERVED,
+    AnyNoise,
     Denoising,
+    Masking,
     Reconstruction,
+    SaltAndPepper,
     batched,
     binary_cross_entropy,
     squared_error,
@@ -30,7 +33,10 @@ from ae_jax.runs import program
 
 SHAPE, B = (5, 6, 3), 7
 KEYS = jax.random.split(jax.random.key(3), B)
-ALL = [*(cls() for cls in OBJECTIVES.values()), Reconstruction(loss="bce")]
+ALL = [
+    *(cls() for cls in OBJECTIVES.values()),
+    Reconstruction(loss="bce"),
+]
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (B, *SHAPE)) / 255
 IMAGES[0], IMAGES[1] = 0, 1  # black and white, the ends of the range
@@ -69,6 +75,10 @@ def _float64():
 def test_an_images_value_is_its_row_of_any_batch(objective, name):
     net, params = make(MODELS[name]())
     losses = losses_of(objective, net)
+    if objective.loss_name == "bce" and not hasattr(net, "encode"):
+        with pytest.raises(UserError, match=r"^model \w+: has no encode, which is ne"):
+            losses(params, jnp.asarray(IMAGES), KEYS)
+        return
     whole = losses(params, jnp.asarray(IMAGES), KEYS)
     assert set(whole) >= {objective.loss_name}
     of_one = jax.jit(functools.partial(objective, net))
@@ -110,7 +120,7 @@ def test_draws_depend_on_the_key_and_on_nothing_else(objective, model):
         np.testing.assert_allclose(column, column[0], rtol=1e-12)
     drawn = losses(params, same, KEYS)[objective.loss_name]
     distinct = len({round(float(value), 12) for value in drawn})
-    assert distinct == (B if hasattr(objective, "sigma") else 1)
+    assert distinct == (B if hasattr(objective, "corrupt") else 1)
 
 
 def test_mse_is_the_error_of_the_models_reconstruction(objective, model):
@@ -189,6 +199,79 @@ def test_without_noise_denoising_is_reconstruction(model):
         for one in (Denoising(sigma=0.0), Reconstruction())
     ]
     np.testing.assert_allclose(*losses, rtol=1e-12)
+
+
+def corrupted(objective, image, num_keys=40):
+    keys = jax.random.split(KEYS[0], num_keys)
+    return np.asarray(jax.vmap(objective.corrupt, (None, 0))(image, keys))
+
+
+GREY = jnp.full((20, 30, 3), 0.5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_salt_and_pepper_turn_a_share_black_or_white_and_leave_the_rest(share):
+    found = corrupted(SaltAndPepper(share), GREY)
+    for value, expected in ((0, share / 2), (1, share / 2), (0.5, 1 - share)):
+        assert np.mean(found == value) == pytest.approx(expected, abs=0.01)
+    # Each channel by itself.
+    both = ((found[..., 0] != 0.5) & (found[..., 1] != 0.5)).mean()
+    assert both == pytest.approx(share**2, abs=0.015)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_masking_blackens_whole_pixels(share):
+    found = corrupted(Masking(share), GREY)
+    assert set(np.unique(found)) <= {0, 0.5}
+    assert (found == found[..., :1]).all()
+    assert np.mean(found == 0) == pytest.approx(share, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("objective", "measure", "low", "high"),
+    [
+        (Denoising(0.1, 0.05), lambda x: (x - 0.5).std(axis=(1, 2, 3)), 0.05, 0.1),
+        (SaltAndPepper(0.4, 0.2), lambda x: (x != 0.5).mean(axis=(1, 2, 3)), 0.2, 0.4),
+        (Masking(0.4, 0.2), lambda x: (x == 0).mean(axis=(1, 2, 3)), 0.2, 0.4),
+    ],
+    ids=str,
+)
+def test_of_a_range_each_image_has_a_level_of_its_own(objective, measure, low, high):
+    levels = np.sort(measure(corrupted(objective, GREY, 200)))
+    expected = np.linspace(low, high, 200)
+    np.testing.assert_allclose(levels, expected, atol=0.12 * high)
+    assert levels[0] < low * 1.1
+    assert levels[-1] > high * 0.95
+
+
+def test_any_noise_is_one_of_the_three_kinds_as_often_as_another():
+    found = corrupted(AnyNoise(0.4, 1.0, 0.9), GREY, 600)
+    kinds = [
+        "gaussian"
+        if len(np.unique(x)) > 3
+        else "masking"
+        if (x == x[..., :1]).all()
+        else "salt and pepper"
+        for x in found
+    ]
+    for kind in ("gaussian", "masking", "salt and pepper"):
+        assert kinds.count(kind) / 600 == pytest.approx(1 / 3, abs=0.07)
+
+
+@pytest.mark.parametrize(
+    ("cls", "fields", "message"),
+    [
+        (Denoising, {"sigma": -0.1}, "sigma: input should be greater than or equal"),
+        (Denoising, {"sigma": float("nan")}, "sigma: "),
+        (SaltAndPepper, {"share": 1.1}, "share: input should be less than or equal"),
+        (Masking, {"share_min": 2}, "share_min: input should be less"),
+        (AnyNoise, {"masked": -1}, "masked: input should be greater"),
+    ],
+)
+def test_noise_out_of_range_is_refused(cls, fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        cls(**fields)
+    assert "\n" not in str(caught.value)
 
 
 # --- What is no objective -------------------------------------------------------------

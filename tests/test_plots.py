@@ -183,6 +183,7 @@ def losses(num_epochs):
 
 COSTS = {"ours": 0.861, "PyTorch, item by item": 4.96, "PyTorch": 2.1}
 
+LINES = {"blind": ([0.1, 0.5], [30.0, 20.0]), "trained": ([0.1, 0.5], [31.0, 19.5])}
 NUMBERS = {
     **{f"{n} epochs": plots.training_loss(*losses(n)) for n in (1, 2, 30, 1000)},
     "validation": plots.training_loss(EPOCHS, LOSSES, "BCE", HIGHER),
@@ -195,6 +196,7 @@ NUMBERS = {
     **{f"{2 * n} panels": plots.scaling(PANELS * n) for n in (1, 3)},
     "1 panel": plots.scaling(PANELS[:1]),
     "bars": plots.bars(COSTS, "time (s)", ("the limit", 0.5)),
+    "lines": plots.lines(LINES, "σ", "PSNR (dB)"),
 }
 
 
@@ -233,6 +235,7 @@ SHOWN = {
         ["ours", "theirs", "limit"],
         ("Number of steps", "Difference"),
     ),
+    "lines": (list(LINES.values()), list(LINES), ("σ", "PSNR (dB)")),
 }
 """The lines of each figure, the words of its legend, and what its axes are called."""
 

@@ -300,8 +300,8 @@ class Folder(UserImages):
 
         broken = list[str]()
         for name in tqdm(pictures, unit=" pictures", disable=None, leave=False):
-            with _tolerant():
-                image = self._read(name)
+            with tolerant():
+                image = self.read_picture(name)
             if not isinstance(image, str):
                 yield name, image
                 continue
@@ -315,7 +315,7 @@ class Folder(UserImages):
         if broken:
             say(f"left out {len(broken):,} files that cannot be read, as {broken[0]}")
 
-    def _read(self, name: str) -> UInt8[np.ndarray, "H W C"] | str:
+    def read_picture(self, name: str) -> UInt8[np.ndarray, "H W C"] | str:
         """The pixels of one picture, or what is wrong with it."""
         from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -375,7 +375,7 @@ class Folder(UserImages):
 
 
 @contextlib.contextmanager
-def _tolerant() -> Iterator[None]:
+def tolerant() -> Iterator[None]:
     """Have Pillow, here, read odd pictures, with long texts and colour profiles too."""
     from PIL import Image, PngImagePlugin
 

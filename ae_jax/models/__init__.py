@@ -17,9 +17,14 @@ from ae_jax.errors import UserError
 from ae_jax.models.conv import ConvAutoencoder
 from ae_jax.models.dense import Autoencoder
 from ae_jax.models.layers import param_dtype
+from ae_jax.models.residual import Residual
 from ae_jax.train import Params
 
-MODELS: dict[str, type[Any]] = {"autoencoder": Autoencoder, "conv": ConvAutoencoder}
+MODELS: dict[str, type[Any]] = {
+    "autoencoder": Autoencoder,
+    "conv": ConvAutoencoder,
+    "residual": Residual,
+}
 """The models by the name that ``--model.name`` takes."""
 
 

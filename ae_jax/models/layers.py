@@ -24,10 +24,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 KERNELS: dict[str, Initializer] = {
     "flax": nn.initializers.lecun_normal(),
     "he": nn.initializers.he_normal(),
+    "zeros": nn.initializers.zeros,
 }
 """Initialisers of kernels whose biases begin at 0: truncated normal, of variance
 1/fan_in (Flax's default) and 2/fan_in (He et al. 2015, "Delving deep into rectifiers",
-equation 10)."""
+equation 10); and nothing, for what is to be added to something else."""
 
 
 def layer_dtype(precision: str) -> jnp.dtype:
@@ -81,6 +82,23 @@ def make_layer(
         kernel_init=kernel,
         bias_init=bias,
     )
+
+
+def convolve(
+    x: Float[Array, "*B H W C"], kernel: Float[Array, "3 3 C F"]
+) -> Float[Array, "*B H W F"]:
+    """Convolution of stride 1, as one matrix product, see :func:`downsample`.
+
+    Source:
+        ``jax.lax.conv_general_dilated`` with padding SAME, which it equals.
+    """
+    (height, width), batch = x.shape[-3:-1], [(0, 0)] * (x.ndim - 3)
+    x = jnp.pad(x, (*batch, (1, 1), (1, 1), (0, 0)))
+    patches = jnp.concatenate(
+        [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)],
+        axis=-1,
+    )
+    return patches @ kernel.reshape(patches.shape[-1], -1)
 
 
 def downsample(
@@ -153,6 +171,14 @@ class _Convolution(nn.Module):
         return self.convolve(x, kernel) + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+class Convolve(_Convolution):
+    """:func:`convolve` with a bias."""
+
+    def convolve(self, x: Array, kernel: Array) -> Array:
+        """The convolution alone."""
+        return convolve(x, kernel)
+
+
 class Downsample(_Convolution):
     """:func:`downsample` with a bias."""
 
@@ -167,3 +193,19 @@ class Upsample(_Convolution):
     def convolve(self, x: Array, kernel: Array) -> Array:
         """The convolution alone."""
         return upsample(x, kernel)
+
+
+def fold(x: Float[Array, "*B H W C"]) -> Float[Array, "*B h w 4*C"]:
+    """Each 2×2 pixels as one, of four times the channels; odd sides are filled up."""
+    (height, width), batch = x.shape[-3:-1], [(0, 0)] * (x.ndim - 3)
+    x = jnp.pad(x, (*batch, (0, height % 2), (0, width % 2), (0, 0)))
+    parts = [x[..., i::2, j::2, :] for i in (0, 1) for j in (0, 1)]
+    return jnp.concatenate(parts, axis=-1)
+
+
+def unfold(x: Float[Array, "*B h w K"]) -> Float[Array, "*B 2*h 2*w K//4"]:
+    """The image that :func:`fold` made ``x`` of, its odd sides still filled up."""
+    *batch, height, width, channels = x.shape
+    x = x.reshape(*batch, height, width, 2, 2, channels // 4)
+    x = jnp.swapaxes(x, -4, -3)
+    return x.reshape(*batch, 2 * height, 2 * width, channels // 4)

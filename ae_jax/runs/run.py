@@ -133,13 +133,12 @@ class Run:
     """Compiled methods, shared by the run's other checkpoints."""
 
     def __repr__(self) -> str:
-        num_params = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         plain = config.to_json(self.config)
         dataset, model, objective = (plain[s]["name"] for s in config.REGISTRIES)
         epochs = f"{len(self.metrics)} of {self.config.train.num_epochs} epochs"
         lines = [
             f"Run {self.folder}: step {self.step:,}, {epochs}",
-            f"{objective} of {dataset} by {model}, {num_params:,} parameters",
+            f"{objective} of {dataset} by {model}, {self.num_params:,} parameters",
         ]
         if self.metrics:
             row, name = self.metrics[-1], loss_name_of(self.metrics[-1])
@@ -164,6 +163,11 @@ class Run:
     def reconstruct(self, images: Any) -> Float[np.ndarray, "N H W C"]:
         """What the model makes of images, pixels in [0, 1]."""
         return self._apply("__call__", as_images(images, self.shape))
+
+    @property
+    def num_params(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
     def has(self, *methods: str) -> bool:
         """Whether the model can do all of these, ``encode`` say."""
@@ -212,6 +216,31 @@ class Run:
     def at(self, which: str | int) -> "Run":
         """The run at another of its checkpoints: ``latest``, ``best`` or a step."""
         return open_like(self.config, self._functions, which)
+
+    def for_shape(self, shape: tuple[int, ...]) -> "Run":
+        """The run for images of another shape, (H, W, C), if its parameters fit them.
+
+        Raises:
+            UserError: they do not.
+        """
+        if shape == self.shape:
+            return self
+        height, width, channels = self.shape
+        refused = UserError(
+            f"{self.folder}: its model takes images of {height}×{width}×{channels} "
+            f"pixels, got {'×'.join(map(str, shape))}; resize them"
+        )
+        if len(shape) != 3 or shape[2] != channels:
+            raise refused
+        other, precision = (shape[0], shape[1], channels), self.config.train.precision
+        with devices.numerics(precision):
+            model = self.config.model.make(other, precision)
+            wanted = jax.eval_shape(
+                lambda: init_params(model, key_for(0, Purpose.INIT), other, precision)
+            )
+        if jax.tree.map(np.shape, wanted) != jax.tree.map(np.shape, self.params):
+            raise refused
+        return dataclasses.replace(self, shape=other, model=model, _functions={})
 
     def data(
         self, folder: Path | None = None, source: Path | None = None

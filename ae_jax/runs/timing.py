@@ -5,13 +5,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from ae_jax import data
 from ae_jax.config import Config
 from ae_jax.devices import numerics
 from ae_jax.runs.lanes import Feeds
-from ae_jax.runs.program import Compiled
+from ae_jax.runs.program import Compiled, build
 from ae_jax.train import Plan, fit
 
 Runner = Callable[[int], object]
@@ -61,3 +62,15 @@ def seed_time_ratio(config: Config, together: int, num_rounds: int = 15) -> floa
         for _ in range(num_rounds + 1)
     ]
     return statistics.median(ratios[1:])  # the first round warms up
+
+
+def step_flops(config: Config, num_train: int, shape: tuple[int, int, int]) -> float:
+    """Floating-point operations of a step, as XLA counts them before it optimises."""
+    with numerics(config.train.precision):
+        parts = build(config.model, config.objective, config.train, num_train, shape)
+        state = jax.eval_shape(parts.init, np.uint32(0))
+        x = jax.ShapeDtypeStruct((config.train.batch_size, *shape), "float32")
+        weight = jax.ShapeDtypeStruct(x.shape[:1], x.dtype)
+        lowered = jax.jit(parts.train_step).lower(state, x, weight)
+    costs: Any = lowered.cost_analysis()
+    return float(costs["flops"])
