@@ -185,7 +185,7 @@ class Denoising(_FromNoisy):
     sigma: Sigma = 0.25
     """Standard deviation of the Gaussian noise; white is 1."""
     sigma_min: Sigma | None = None
-    """Given, each image's is drawn anew, uniform between this and sigma."""
+    """Given, each image draws its own, uniform between this and sigma."""
 
     def corrupt(self, x: Any, key: Any) -> Any:
         """See :class:`_FromNoisy`."""
@@ -200,7 +200,7 @@ class SaltAndPepper(_FromNoisy):
     share: Share = 0.1
     """The share of the pixels, half of which turn white and half black."""
     share_min: Share | None = None
-    """Given, each image's is drawn anew, uniform between this and share."""
+    """Given, each image draws its own, uniform between this and share."""
 
     def corrupt(self, x: Any, key: Any) -> Any:
         """See :class:`_FromNoisy`; the channels of a pixel each draw their own."""
@@ -221,7 +221,7 @@ class Masking(_FromNoisy):
     share: Share = 0.5
     """The share of the pixels that are masked."""
     share_min: Share | None = None
-    """Given, each image's is drawn anew, uniform between this and share."""
+    """Given, each image draws its own, uniform between this and share."""
 
     def corrupt(self, x: Any, key: Any) -> Any:
         """See :class:`_FromNoisy`; all channels of a pixel are masked."""

@@ -219,8 +219,7 @@ def biharmonic(train: Pairs) -> Denoise:
 
 def pca(train: Pairs, rank: int) -> Denoise:
     """Projection onto the first principal components of clean images."""
-    mean, values, vectors = _moments(flat(train.clean))
-    del values
+    mean, _, vectors = _moments(flat(train.clean))
     basis = vectors[:, -rank:]
     return of_rows(lambda y: mean + (y - mean) @ basis @ basis.T)
 
@@ -228,7 +227,7 @@ def pca(train: Pairs, rank: int) -> Denoise:
 def pca_wiener(train: Pairs, sigma: float) -> Denoise:
     """Wiener filter in the principal components of clean images."""
     mean, values, vectors = _moments(flat(train.clean))
-    gain = (vectors * (values / (values + sigma**2))) @ vectors.T
+    gain = _wiener_gain(values, vectors, sigma)
     return of_rows(lambda y: mean + (y - mean) @ gain)
 
 
@@ -268,7 +267,7 @@ def mixture(train: Pairs, sigma: float, parts: int) -> Denoise:
         x = np.zeros_like(y)
         for weight, (_, mean, values, vectors) in zip(p, found, strict=True):
             rows = weight > 1e-6  # few images belong to a part at all
-            gain = (vectors * (values / (values + sigma**2))) @ vectors.T
+            gain = _wiener_gain(values, vectors, sigma)
             x[rows] += weight[rows, None] * (mean + (y[rows] - mean) @ gain)
         return x
 
@@ -386,6 +385,11 @@ def _moments(x: Float[np.ndarray, "N D"]) -> tuple[Any, Any, Any]:
     centred = x - mean
     values, vectors = np.linalg.eigh(centred.T @ centred / len(x))
     return mean, values.clip(0), vectors
+
+
+def _wiener_gain(values: Any, vectors: Any, sigma: float) -> Any:
+    """The matrix of Wiener's filter, of a Gaussian's variances and components."""
+    return (vectors * (values / (values + sigma**2))) @ vectors.T
 
 
 def rivals(base: Any) -> dict[str, Rival]:

@@ -84,6 +84,21 @@ def make_layer(
     )
 
 
+def _patches(
+    x: Float[Array, "*B H W C"], height: int, width: int, stride: int
+) -> Float[Array, "*B h w 9*C"]:
+    """Each 3×3 pixels, of a padded image, as the channels of one."""
+    rows, columns = stride * height, stride * width
+    return jnp.concatenate(
+        [
+            x[..., i : i + rows : stride, j : j + columns : stride, :]
+            for i in range(3)
+            for j in range(3)
+        ],
+        axis=-1,
+    )
+
+
 def convolve(
     x: Float[Array, "*B H W C"], kernel: Float[Array, "3 3 C F"]
 ) -> Float[Array, "*B H W F"]:
@@ -94,10 +109,7 @@ def convolve(
     """
     (height, width), batch = x.shape[-3:-1], [(0, 0)] * (x.ndim - 3)
     x = jnp.pad(x, (*batch, (1, 1), (1, 1), (0, 0)))
-    patches = jnp.concatenate(
-        [x[..., i : i + height, j : j + width, :] for i in range(3) for j in range(3)],
-        axis=-1,
-    )
+    patches = _patches(x, height, width, stride=1)
     return patches @ kernel.reshape(patches.shape[-1], -1)
 
 
@@ -115,14 +127,7 @@ def downsample(
     (height, width), batch = x.shape[-3:-1], [(0, 0)] * (x.ndim - 3)
     x = jnp.pad(x, (*batch, (height % 2, 1), (width % 2, 1), (0, 0)))
     height, width = -(-height // 2), -(-width // 2)
-    patches = jnp.concatenate(
-        [
-            x[..., i : i + 2 * height : 2, j : j + 2 * width : 2, :]
-            for i in range(3)
-            for j in range(3)
-        ],
-        axis=-1,
-    )
+    patches = _patches(x, height, width, stride=2)
     return patches @ kernel.reshape(patches.shape[-1], -1)
 
 

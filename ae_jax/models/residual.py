@@ -52,7 +52,7 @@ class ResidualNet(nn.Module):
     options: Residual
 
     def setup(self) -> None:
-        """Name the layers first, block_0_0, block_0_1, block_1_0, …, last."""
+        """Name the layers first, blocks_0_0, blocks_0_1, blocks_1_0, …, last."""
         width, folded = self.options.channels, 4 * self.shape[-1]
 
         def layer(features: int, channels: int, init: str) -> Convolve:
