@@ -157,7 +157,10 @@ def summarise(base: Denoise, rows: Mapping[str, Rows]) -> dict[str, Any]:
         if not path.exists():
             print(f"{noise}: the rivals …", flush=True)
             path.parent.mkdir(exist_ok=True)
-            rivals = _denoisers.score_rivals(base, NOISES[noise], dataset)
+            rivals, shown = _denoisers.score_rivals(
+                base, NOISES[noise], dataset, NUM_SHOWN
+            )
+            np.save(path.with_suffix(".npy"), shown)
             write_json(path, rivals)
         noises[noise] = score_networks(base, rows, noise, dataset) | read_json(path)
     draw(base, rows, noises, dataset)
@@ -219,16 +222,13 @@ def draw(
 ) -> None:
     """Images as each makes them, with their errors; PSNR against σ."""
     from ae_jax import plots  # not before: matplotlib takes half a second
-    from experiments import _denoisers
 
     noise: str = "gaussian_0.25" if "gaussian_0.25" in noises else base.noises[0]
     test, seed = dataset.test.images, base.train.seed
     clean = test[:NUM_SHOWN] / 255
     noisy = corrupt(NOISES[noise], test[:NUM_SHOWN], seed)
     rival = best_rival(noises[noise])
-    setting = noises[noise][rival]["setting"]
-    denoise = _denoisers.refit(base, NOISES[noise], dataset, rival, setting)
-    by_rival = np.clip(denoise(noisy[..., 0]), 0, 1)[..., None]
+    by_rival = np.load(base.run_dir / "rivals" / f"{noise}.npy")[..., None]
     by_us = runs_of(rows, OURS, noise)[0].reconstruct(noisy)
     images = {
         "Clean": clean,
