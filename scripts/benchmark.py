@@ -58,16 +58,33 @@ class Sizes:
     devices: tuple[int, ...] = (1, 2, 4)
     streams: tuple[int, ...] = (60_000, 6_000_000)
     turn_s: float = 0.5
+    gpu: bool = False
+    """Ask what one asks of a GPU: TF32, CUDA graphs, the limit of the card."""
+    slow_steps: int = 10**6
+    """At most so many of a round are taken by those in ``SLOW``."""
 
 
 PRESETS = {
     "full": Sizes(),
     "quick": Sizes(3, 60, 1, False, (64, 1024), (), (), (), (), 0.1),
+    "gpu": Sizes(
+        epochs=5,
+        batches=(64, 1024, 8192),
+        widths=(1, 4, 16),
+        seeds=(1, 16, 128, 1024),
+        devices=(),
+        streams=(),
+        turn_s=0.3,
+        gpu=True,
+        slow_steps=188,
+    ),
 }
+SLOW = ("ours, a call each step", "item_by_item", "in_memory", "fused", "compiled")
+"""On a GPU they wait for the host in every step: a fifth of an epoch tells enough."""
 
 
 def main(
-    preset: Literal["full", "quick"] = "full",
+    preset: Literal["full", "quick", "gpu"] | None = None,
     json: Path = Path("runs/benchmark.json"),
     data_name: Literal["mnist", "fashion_mnist", "kmnist", "digits"] | None = None,
     data_dir: Path = Path("data"),
@@ -75,11 +92,12 @@ def main(
     """Measure speed, memory and scaling beside PyTorch and the machine's own limit.
 
     Draws a figure beside the file, of the same name. The full preset takes about ten
-    minutes on two cores, and keeps its result in experiments/results; close what else
-    the machine is doing.
+    minutes on two cores, that for a GPU about four; both keep their result in
+    experiments/results. Close what else the machine is doing.
 
     Args:
-        preset: full, or quick (less of everything, on small images, in half a minute).
+        preset: full, or gpu where JAX finds one, or quick (less of everything, on small
+            images, in half a minute).
         json: The file for all that was measured.
         data_name: Data set of the images; by default mnist, or digits if quick.
         data_dir: Folder of the prepared data sets.
@@ -87,7 +105,8 @@ def main(
     from ae_jax import plots
     from ae_jax.runs.results import to_markdown
 
-    data_name = data_name or ("mnist" if preset == "full" else "digits")
+    preset = preset or ("gpu" if default_backend() == "gpu" else "full")
+    data_name = data_name or ("digits" if preset == "quick" else "mnist")
     options = ["--data.name", data_name, "--data.dir", str(data_dir.absolute())]
     dataset: Any = DATASETS[data_name](dir=data_dir)
     json.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +119,20 @@ def main(
     speed = json.with_name(f"{json.stem}_speed.png")
     plots.save(speed_figure(found), speed)
     print(f"measured: {json}, {json.with_suffix('.png')}, {speed}")
-    if preset == "full":
+    if preset != "quick":
         write_results(found, tables)
+
+
+def default_backend() -> str:
+    """JAX's default backend, asked in a process of its own.
+
+    This one holds no GPU before its commands are done: JAX takes most of its memory.
+    """
+    command = [sys.executable, "-c", "import jax; print(jax.default_backend())"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"JAX finds no device: {done.stderr.strip()}")
+    return done.stdout.split()[-1]
 
 
 def measure(sizes: Sizes, images: np.ndarray, options: list[str]) -> Row:
@@ -117,10 +148,12 @@ def measure(sizes: Sizes, images: np.ndarray, options: list[str]) -> Row:
     """
     with tempfile.TemporaryDirectory(prefix="ae_jax-benchmark-") as place:
         found = measure_commands(sizes, images, options, Path(place))
-    limits = [measure_limit(images)]
+    limit = measure_card_limit if sizes.gpu else measure_limit
+    limits = [limit(images)]
     found |= measure_epochs(sizes, images)
-    found["limit"] = [*limits, measure_limit(images)]
+    found["limit"] = [*limits, limit(images)]
     found["growth"] = measure_growth(sizes, images)
+    found["gpu"] = sizes.gpu
     return found | {"headline": conclude(found)}
 
 
@@ -298,47 +331,137 @@ def measure_bandwidth(num_bytes: int) -> float:
     return 12 * size * threads / min(together_s, alone_s)
 
 
+def measure_card_limit(images: np.ndarray, repeats: int = 1000) -> Row:
+    """What a step must take at least on a GPU, launches within a program included.
+
+    The products at their own shapes, as XLA has them in full float32, and Adam's bytes
+    at the speed at which an array of that size is read and written. Of many seeds side
+    by side, Adam's bytes alone, at the speed of an array too large for any cache.
+
+    Args:
+        images: of which the first layer is as wide.
+        repeats: of each piece of work, in one program.
+    """
+    shapes = layers(images[0].size, Autoencoder())
+    moved = 7 * 4 * sum(fan_in * width + width for fan_in, width in shapes)
+    operands = [
+        (np.zeros((BATCH, fan_in), np.float32), np.zeros((fan_in, width), np.float32))
+        for fan_in, width in shapes
+    ]
+    products_s = seconds_on_device(products_of_step, operands, repeats)
+    adam_s = moved / measure_card_bandwidth(moved, repeats)
+    many_s = moved / measure_card_bandwidth(repeats * moved // 2, 20)
+    found = {"products_s": products_s, "adam_s": adam_s, "many_seeds_s": many_s}
+    return {**found, "step_s": products_s + adam_s}
+
+
+def products_of_step(operands: Any) -> Any:
+    """The matrix products of a step, each used by a later one or the next time.
+
+    Args:
+        operands: of each layer its inputs [B, fan-in] and kernel [fan-in, width].
+    """
+    made = []
+    for number, (x, kernel) in enumerate(operands):
+        out = x @ kernel
+        kernel = x.T @ out
+        made.append((out @ kernel.T if number else x, kernel))
+    return made
+
+
+def measure_card_bandwidth(num_bytes: int, repeats: int) -> float:
+    """Bytes a second at which the device reads and writes so many in all."""
+    size = num_bytes // 8
+    array = np.ones(size, np.float32)
+    seconds = seconds_on_device(lambda x: 0.5 * x + 1, array, repeats)
+    return 8 * size / seconds
+
+
+def seconds_on_device(work: Callable[[Any], Any], start: Any, repeats: int) -> float:
+    """Seconds of work on the device, so often in one program, each on what it made."""
+    import jax
+
+    from ae_jax.devices import GPU_OPTIONS, numerics
+
+    def repeat(made: Any) -> Any:
+        return jax.lax.fori_loop(0, repeats, lambda _, made: work(made), made)
+
+    gpu = jax.default_backend() == "gpu"
+    loop = jax.jit(repeat, compiler_options=GPU_OPTIONS if gpu else None)
+    with numerics("float32"):
+        operands = jax.device_put(start)
+        return best_of(lambda: jax.block_until_ready(loop(operands))) / repeats
+
+
 # --- In turns -----------------------------------------------------------------------
 
 
 def measure_epochs(sizes: Sizes, images: np.ndarray) -> Row:
     """Seconds of an epoch of the tutorial, of each contender in each round."""
-    from ae_jax.runs.timing import make_runner, stopwatch
+    from ae_jax.runs.timing import make_runner
 
     per_epoch = -(-len(images) // BATCH)
-    steps = min(sizes.steps, per_epoch)
     ours = make_runner(Config(), images)
-    bfloat16 = make_runner(Config(train=TrainConfig(precision="bfloat16")), images)
+    other: Literal["tf32", "bfloat16"] = "tf32" if sizes.gpu else "bfloat16"
     contenders: dict[str, Runner] = {
         "ours": ours,
-        "ours, bfloat16": bfloat16,
+        f"ours, {other}": make_runner(
+            Config(train=TrainConfig(precision=other)), images
+        ),
         "ours, a call each step": lambda n: [ours(1) for _ in range(n)],
     }
     if importlib.util.find_spec("torch"):
-        from experiments import _contenders as theirs
-        from experiments import pytorch_baseline
-
-        make_model = functools.partial(pytorch_baseline.Autoencoder, images[0].size)
-        rate = TrainConfig().learning_rate
-        contenders |= theirs.make_contenders(images, make_model, BATCH, rate)
-        if not sizes.compiled:  # it takes PyTorch a minute
-            del contenders["compiled"]
-        raced = theirs.race(contenders, steps, sizes.rounds)
-    else:
-        for runner in contenders.values():
-            runner(5)
-        rounds = [
-            {name: stopwatch(runner, steps) for name, runner in contenders.items()}
-            for _ in range(sizes.rounds)
-        ]
-        raced = {"rounds": rounds, "failed": "PyTorch is not installed"}
-    scale = per_epoch / steps
-    epoch_s = [{name: scale * s for name, s in row.items()} for row in raced["rounds"]]
+        contenders |= make_theirs(sizes, images)
+    most = min(sizes.steps, per_epoch)
+    steps = {
+        name: min(most, sizes.slow_steps) if name in SLOW else most
+        for name in contenders
+    }
+    raced = race(contenders, steps, sizes.rounds)
+    epoch_s = [
+        {name: per_epoch / steps[name] * seconds for name, seconds in row.items()}
+        for row in raced["rounds"]
+    ]
     return {
         "epoch_s": epoch_s,
         "steps_per_epoch": per_epoch,
         "missing": raced["failed"],
     }
+
+
+def make_theirs(sizes: Sizes, images: np.ndarray) -> dict[str, "Runner"]:
+    """PyTorch's contenders, on its GPU if it has one and we ask for it."""
+    import torch
+
+    from experiments import _contenders as theirs
+    from experiments import pytorch_baseline
+
+    device = "cuda" if sizes.gpu and torch.cuda.is_available() else "cpu"
+    make_model = functools.partial(pytorch_baseline.Autoencoder, images[0].size)
+    rate = TrainConfig().learning_rate
+    made = theirs.make_contenders(images, make_model, BATCH, rate, device)
+    if not sizes.compiled:  # it takes PyTorch a minute
+        del made["compiled"]
+    return made
+
+
+def race(
+    contenders: dict[str, "Runner"], steps: dict[str, int], num_rounds: int
+) -> Row:
+    """Seconds of each contender in each round, and why one is missing."""
+    from ae_jax.runs.timing import stopwatch
+
+    if importlib.util.find_spec("torch"):
+        from experiments import _contenders as theirs
+
+        return theirs.race(contenders, steps, num_rounds)
+    for runner in contenders.values():
+        runner(5)
+    rounds = [
+        {name: stopwatch(runner, steps[name]) for name, runner in contenders.items()}
+        for _ in range(num_rounds)
+    ]
+    return {"rounds": rounds, "failed": "PyTorch is not installed"}
 
 
 def ratio(found: Row, name: str) -> float:
@@ -378,15 +501,24 @@ def measure_growth(sizes: Sizes, images: np.ndarray) -> list[Row]:
         found.append(("times the width", "time per step (µs)", x, y, ideal))
     if x := sizes.seeds:
         runners = [make_runner(Config(), images, n) for n in x]
-        y = [s / n for s, n in zip(in_turns(runners, sizes.turn_s), x, strict=True)]
+        # A turn on a GPU holds an epoch: what shuffling takes the host counts.
+        least = -(-len(images) // BATCH) if sizes.gpu else 1
+        seconds = in_turns(runners, sizes.turn_s, least)
+        y = [s / n for s, n in zip(seconds, x, strict=True)]
         label = "time per seed and step (µs)"
         found.append(("seeds in one program", label, x, y, [y[0]] * len(x)))
     names = ("xlabel", "ylabel", "x", "y", "ideal")
     return [dict(zip(names, panel, strict=True)) for panel in found]
 
 
-def in_turns(runners: list["Runner"], turn_s: float) -> list[float]:
-    """Microseconds of a step of each: the median of three rounds of turns."""
+def in_turns(runners: list["Runner"], turn_s: float, least: int = 1) -> list[float]:
+    """Microseconds of a step of each: the median of three rounds of turns.
+
+    Args:
+        runners: of which each has its turn in every round.
+        turn_s: how long a turn shall take.
+        least: steps in a turn, however long it takes.
+    """
     from ae_jax.runs.timing import stopwatch
 
     steps = []
@@ -395,7 +527,7 @@ def in_turns(runners: list["Runner"], turn_s: float) -> list[float]:
         count = 1
         while (seconds := stopwatch(runner, count)) < turn_s / 2:
             count *= 2
-        steps.append(max(1, round(count * turn_s / seconds)))
+        steps.append(max(least, round(count * turn_s / seconds)))
     turns = list(zip(runners, steps, strict=True))
     rounds = [[1e6 * stopwatch(run, n) / n for run, n in turns] for _ in range(3)]
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
@@ -423,6 +555,29 @@ def conclude(found: Row) -> Row:
             "whole_job_ratio": theirs["command_s"] / cached["command_s"],
             "peak_memory_ratio": memory,
         }
+    return headline | (conclude_gpu(found) if found["gpu"] else {})
+
+
+def conclude_gpu(found: Row) -> Row:
+    """What else one asks of a GPU: an epoch's time, memory, and many seeds."""
+    epochs = [row["ours"] for row in found["epoch_s"]]
+    headline = {
+        "epoch_s": statistics.median(epochs),
+        "peak_memory_bytes": found["cached"]["peak_memory_bytes"],
+    }
+    if "device_peak_bytes" in found["cached"]:
+        headline["device_peak_bytes"] = found["cached"]["device_peak_bytes"]
+    if "graph" in found["epoch_s"][0]:
+        headline["cuda_graph_ratio"] = ratio(found, "graph")
+    for panel in found["growth"]:
+        if panel["xlabel"] == "seeds in one program":
+            step_us = panel["y"][-1]
+            limits_us = [1e6 * limit["many_seeds_s"] for limit in found["limit"]]
+            headline |= {
+                "num_seeds": panel["x"][-1],
+                "seed_epoch_ms": step_us * found["steps_per_epoch"] / 1000,
+                "many_seeds_share_of_limit": statistics.mean(limits_us) / step_us,
+            }
     return headline
 
 
@@ -438,6 +593,7 @@ WAYS = {
     "in_memory": "PyTorch, images in memory",
     "fused": "PyTorch, in memory, fused Adam",
     "compiled": "PyTorch, in memory, fused Adam, `torch.compile`",
+    "graph": "PyTorch, in memory, fused Adam, each step one CUDA graph",
 }
 
 
@@ -459,16 +615,26 @@ def speed_figure(found: Row) -> "Figure":
 
 def speed_table(found: Row) -> "Table":
     """An epoch of each contender, and the headline in words."""
-    rows, head = [], found["headline"]
+    rows, head, digits = [], found["headline"], 3 if found["gpu"] else 2
     for name in sorted(found["epoch_s"][0], key=lambda name: ratio(found, name)):
         times = [row[name] for row in found["epoch_s"]]
-        spread = f"{min(times):.2f} to {max(times):.2f} s"
+        spread = f"{min(times):.{digits}f} to {max(times):.{digits}f} s"
         cells = [
-            f"{statistics.median(times):.2f} s",
+            f"{statistics.median(times):.{digits}f} s",
             spread,
             f"{ratio(found, name):.1f}",
         ]
         rows.append([WAYS.get(name, name), *cells])
+    caption = describe(head)
+    if found["missing"]:
+        caption += f" Missing: {found['missing'].rstrip('.')}."
+    columns = ["an epoch of the tutorial", "median", "rounds", "times ours"]
+    title = "Speed beside PyTorch"
+    return {"title": title, "columns": columns, "rows": rows, "caption": caption}
+
+
+def describe(head: Row) -> str:
+    """The headline in words."""
     caption = (
         f"A step stands at {head['share_of_limit']:.0%} of the machine's limit. First "
         f"trained step {head['first_step_cold_s']:.1f} s after the command, "
@@ -480,11 +646,17 @@ def speed_table(found: Row) -> "Table":
             f"{head['whole_job_ratio']:.1f} times as long. Peak memory "
             f"{head['peak_memory_ratio']:.1f} times PyTorch's."
         )
-    if found["missing"]:
-        caption += f" Missing: {found['missing']}."
-    columns = ["an epoch of the tutorial", "median", "rounds", "times ours"]
-    title = "Speed beside PyTorch"
-    return {"title": title, "columns": columns, "rows": rows, "caption": caption}
+    if "epoch_s" in head:  # of a GPU
+        caption += f" That is {head['peak_memory_bytes'] / 1e9:.1f} GB of the host's."
+    if "device_peak_bytes" in head:
+        caption += f" {head['device_peak_bytes'] / 1e6:,.0f} MB of the GPU's."
+    if "num_seeds" in head:
+        caption += (
+            f" Of {head['num_seeds']:,} seeds in one program each takes "
+            f"{head['seed_epoch_ms']:.2f} ms an epoch, "
+            f"{head['many_seeds_share_of_limit']:.0%} of the limit of the memory."
+        )
+    return caption
 
 
 def scaling_table(found: Row) -> "Table":
@@ -506,9 +678,16 @@ def scaling_table(found: Row) -> "Table":
 
 
 def write_results(found: Row, tables: list["Table"]) -> None:
-    """Keep the outcome as experiments/results/benchmark.json and scaling.json."""
+    """Keep the outcome in experiments/results: benchmark.json and scaling.json.
+
+    Of a GPU it is benchmark_gpu.json alone.
+    """
     from ae_jax.runs.results import write_result
 
+    if found["gpu"]:
+        path = RESULTS / "benchmark_gpu.json"
+        write_result(path, "benchmark", [0], found["headline"], tables[0])
+        return
     *_, short, long = found["scaling"]
     headline = {
         "streamed_ratio": found["cached"]["images_per_s"] / short["images_per_s"],

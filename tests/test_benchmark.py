@@ -131,11 +131,113 @@ def test_what_grows_is_the_time_of_an_image_and_of_a_seed(monkeypatch):
         lambda config, images, seeds=1: config.train.batch_size * seeds / 64,
     )
     monkeypatch.setattr(
-        benchmark, "in_turns", lambda runners, turn_s: [64 * n for n in runners]
+        benchmark, "in_turns", lambda runners, *_: [64 * n for n in runners]
     )
     of_images, of_seeds = benchmark.measure_growth(sizes, np.zeros((64, 8, 8, 1)))
     assert of_images["y"] == [1, 1]
     assert of_seeds["y"] == [64, 64]
+
+
+# --- On a GPU -----------------------------------------------------------------------
+
+
+def test_steps_that_nobody_watches_are_the_tutorials(torch_on_one_thread):
+    import torch
+
+    from experiments import _contenders, pytorch_baseline
+
+    torch.manual_seed(0)
+    made = [pytorch_baseline.Autoencoder(64, (8,), 3) for _ in range(2)]
+    made[1].load_state_dict(made[0].state_dict())
+    adams = [torch.optim.Adam(model.parameters(), 1e-3) for model in made]
+    batches = list(torch.rand(4, 16, 64))
+    mean, _ = pytorch_baseline.train_epoch(made[0], adams[0], batches)
+    total = _contenders.train_unwatched(made[1], adams[1], batches)
+    assert total / 4 == pytest.approx(mean)
+    for a, b in zip(*(model.parameters() for model in made), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_contender_that_lacks_a_gpu_is_left_out_with_its_reason(torch_on_one_thread):
+    from experiments import _contenders, pytorch_baseline
+
+    def make_model():
+        made.append(pytorch_baseline.Autoencoder(64, (8,), 3))
+        return made[-1]
+
+    made, images = [], np.full((150, 8, 8, 1), 9, np.uint8)
+    found = _contenders.make_contenders(images, make_model, 64, 1e-3, "cpu:0")
+    del found["compiled"]  # it takes a minute
+    before = [model.encoder[0].bias.tolist() for model in made]
+    failed = _contenders.warm_up(found)
+    assert list(found) == ["item_by_item", "in_memory", "fused"]
+    assert failed.startswith("graph: ")
+    after = [model.encoder[0].bias.tolist() for model in made]
+    changed = [a != b for a, b in zip(before, after, strict=True)]
+    assert changed == [True, True, True, False, False]
+
+
+def test_the_products_in_the_limit_of_a_card_are_those_of_a_step():
+    import jax
+
+    shapes = benchmark.layers(64, Autoencoder())
+    operands = [(np.zeros((64, a)), np.zeros((a, b))) for a, b in shapes]
+    program = jax.make_jaxpr(benchmark.products_of_step)(operands)
+    found = []
+    for equation in program.eqns:
+        if equation.primitive.name == "dot_general":
+            (left, _), _ = equation.params["dimension_numbers"]
+            a, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+            found.append((out[0], a[left[0]], out[1]))
+    assert sorted(found) == sorted(benchmark.products(shapes, 64))
+    limit = benchmark.measure_card_limit(np.zeros((1, 8, 8, 1)), repeats=4)
+    assert all(value > 0 for value in limit.values())
+    assert limit["step_s"] == limit["products_s"] + limit["adam_s"]
+
+
+def test_the_result_of_a_gpu_is_a_file_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    rounds = [{"ours": 0.06, "graph": 0.3, "item_by_item": 3.0}]
+    command = {"first_step_s": 3.0, "peak_memory_bytes": 10**9, "command_s": 5.0}
+    seeds = {"xlabel": "seeds in one program", "x": [1, 1024], "y": [64.0, 2.0]}
+    found = {
+        "gpu": True,
+        "epoch_s": rounds,
+        "steps_per_epoch": 1000,
+        "missing": "compiled: no compiler",
+        "limit": [{"step_s": 3e-5, "many_seeds_s": 1e-6}],
+        "growth": [seeds],
+        "cold": command,
+        "cached": {**command, "device_peak_bytes": 2 * 10**8},
+        "pytorch": command,
+        "scaling": [],
+    }
+    found["headline"] = head = benchmark.conclude(found)
+    assert head["cuda_graph_ratio"] == head["speed_ratio_best"] == pytest.approx(5)
+    assert head["seed_epoch_ms"] == pytest.approx(2)
+    assert head["many_seeds_share_of_limit"] == pytest.approx(0.5)
+    assert head["share_of_limit"] == pytest.approx(0.5)
+    tables = [benchmark.speed_table(found), benchmark.scaling_table(found)]
+    benchmark.write_results(found, tables)
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark_gpu.json"]
+    (table,) = results.read_tables(tmp_path / "benchmark_gpu.json")
+    assert table["rows"][0][1] == "0.060 s"
+    assert "Of 1,024 seeds in one program each takes 2.00 ms" in table["caption"]
+
+
+def test_without_a_preset_the_device_decides(monkeypatch, tmp_path):
+    asked = []
+
+    def measure(sizes, *_):
+        asked.append(sizes)
+        raise InterruptedError
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    for backend in ("gpu", "cpu"):
+        monkeypatch.setattr(benchmark, "default_backend", lambda: backend)  # noqa: B023
+        with pytest.raises(InterruptedError):
+            benchmark.main(None, tmp_path / "a.json", "digits")
+    assert asked == [benchmark.PRESETS["gpu"], benchmark.PRESETS["full"]]
 
 
 def test_a_seeds_share_of_the_time_is_that_of_one_among_all(monkeypatch):
