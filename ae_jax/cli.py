@@ -105,13 +105,18 @@ def _why_no_device() -> str:
     return ""
 
 
-def use_compilation_cache() -> None:
+def set_up_jax() -> None:
     """Keep compiled programs in the user's cache folder, for a faster next start.
 
     ``JAX_COMPILATION_CACHE_DIR`` names another one, and
     ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off. So does a folder that cannot be
     written to, which is reported.
+
+    And take a GPU's memory as it is needed: to take most of it at the start costs 3.4
+    GB of the host's, on a card of 139 GiB, and leaves none to others. What
+    ``XLA_PYTHON_CLIENT_PREALLOCATE`` says goes before.
     """
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
 
     from ae_jax.runs.environment import compilation_cache_dir
@@ -275,7 +280,7 @@ def run_experiment(
         nonlocal distributed
         config = parse(name, presets, doc or "", sys.argv[1:])
         distributed = getattr(config, "distributed", False)
-        use_compilation_cache()
+        set_up_jax()
         run(config)
 
     exit_with(action, lambda: distributed)
@@ -286,7 +291,7 @@ def run_script(main: Callable[..., None]) -> NoReturn:
 
     def action() -> None:
         _check_clone()
-        use_compilation_cache()
+        set_up_jax()
         tyro.cli(main, config=(tyro.conf.FlagCreatePairsOff,))
 
     exit_with(action)

@@ -252,8 +252,11 @@ def mixture(train: Pairs, sigma: float, parts: int) -> Denoise:
     def denoise(y: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
         log_p = np.empty((len(found), len(y)))
         for k, (count, mean, values, vectors) in enumerate(found):
-            total = values + sigma**2
-            fits = (((y - mean) @ vectors) ** 2 / total + np.log(total)).sum(axis=1)
+            total, rest = values + sigma**2, y.shape[1] - len(values)
+            along = ((y - mean) @ vectors) ** 2
+            across = ((y - mean) ** 2).sum(axis=1) - along.sum(axis=1)
+            fits = (along / total + np.log(total)).sum(axis=1)
+            fits += across / sigma**2 + rest * np.log(sigma**2)
             log_p[k] = np.log(count) - fits / 2
         p = np.exp(log_p - log_p.max(axis=0))
         p = (p / p.sum(axis=0)).astype(y.dtype)
@@ -272,7 +275,10 @@ _fitted: dict[Any, Any] = {}
 
 
 def _gaussians(x: Float[np.ndarray, "N D"], parts: int) -> list[Any]:
-    """The size, mean, variances and principal components of each of so many parts."""
+    """The size, mean, variances and principal components of each of so many parts.
+
+    Those of the least variance are left out, as if they had none.
+    """
     import joblib
     from sklearn.cluster import MiniBatchKMeans
 
@@ -281,8 +287,11 @@ def _gaussians(x: Float[np.ndarray, "N D"], parts: int) -> list[Any]:
         kmeans = MiniBatchKMeans(parts, random_state=0, n_init=1, batch_size=2048)
         labels = kmeans.fit_predict(x)
         parts_of = [x[labels == k] for k in range(parts)]
-        found = [(len(part), *_moments(part)) for part in parts_of if len(part) > 1]
-        _fitted[key] = found
+        moments = [(len(part), *_moments(part)) for part in parts_of if len(part) > 1]
+        _fitted[key] = [
+            (count, mean, values[values > 1e-4], vectors[:, values > 1e-4])
+            for count, mean, values, vectors in moments
+        ]
     return _fitted[key]
 
 

@@ -2,8 +2,11 @@
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+collect_ignore = []
+if "AE_JAX_TEST_GPU" not in os.environ:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    collect_ignore.append("test_gpu.py")
 
 import itertools
 import sys

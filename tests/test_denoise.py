@@ -154,7 +154,9 @@ def test_a_mixture_of_one_is_wieners_filter(pairs):
     train, test = pairs
     one = _denoisers.mixture(train, sigma=0.3, parts=1)(test.noisy)
     wiener = _denoisers.pca_wiener(train, 0.3)(test.noisy)
-    np.testing.assert_allclose(one, wiener, atol=1e-4)
+    np.testing.assert_allclose(
+        one, wiener, atol=2e-3
+    )  # the least variances are left out
 
 
 def test_the_linear_map_is_ridge_regression(pairs):
@@ -245,7 +247,7 @@ def finished(tmp_path_factory):
         run_dir=folder,
         model=Residual(8, 1),
         noises=("masking_0.5",),
-        tuned_epochs=1,
+        tuned_epochs=(1,),
         bottleneck_epochs=1,
         num_trees=10,
         num_pixels=5000,
@@ -256,6 +258,13 @@ def finished(tmp_path_factory):
     )
     summary = study.run_study("denoise", base, experiment.cells, experiment.summarise)
     return base, summary
+
+
+def test_each_noise_has_its_number_of_epochs(finished):
+    base, _ = finished
+    base = dataclasses.replace(base, tuned_epochs=(1, 2))
+    with pytest.raises(UserError, match="tuned_epochs: 2 numbers for 1 noises"):
+        experiment.main(base)
 
 
 def test_the_study_scores_each_way_on_the_same_noise(finished):

@@ -71,8 +71,8 @@ class ResidualNet(nn.Module):
         """The clean image before the sigmoid."""
         features = self.first(fold(x))
         for one, two in self.blocks:
-            features = features + two(nn.relu(one(nn.relu(features))))
-        change = self.last(nn.relu(features)).astype(param_dtype(self.precision))
+            features = features + two(nn.silu(one(nn.silu(features))))
+        change = self.last(nn.silu(features)).astype(param_dtype(self.precision))
         height, width = x.shape[-3:-1]
         return 6 * (x - 0.5) - 1 + unfold(change)[..., :height, :width, :]
 
