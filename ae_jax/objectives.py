@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 from pydantic import Field, FiniteFloat
 
 from ae_jax.errors import UserError
+from ae_jax.gradients import oriented_gradients
 from ae_jax.options import options
 from ae_jax.train import Params
 
@@ -141,6 +142,29 @@ class Reconstruction:
         return binary_cross_entropy(logits, x), {"mse": mse}
 
 
+@options
+class Gradients:
+    """The image's oriented gradients, not its pixels, by way of the latent."""
+
+    loss_name: ClassVar[str] = "gradient_error"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Params,
+        x: Float[Array, "H W C"],
+        key: Key[Array, ""],
+    ) -> tuple[Loss, dict[str, Float[Array, ""]]]:
+        """Squared distance, 0 to 2, of the features of the reconstruction; ``mse``.
+
+        See :func:`gradients.oriented_gradients`.
+        """
+        del key
+        recon = apply(model, params, x)
+        difference = oriented_gradients(recon) - oriented_gradients(x)
+        return jnp.sum(jnp.square(difference)), {"mse": squared_error(recon, x)}
+
+
 class _FromNoisy:
     """The clean image, from one that ``corrupt`` has made noisy."""
 
@@ -253,6 +277,7 @@ class AnyNoise(_FromNoisy):
 
 OBJECTIVES: dict[str, type[Any]] = {
     "reconstruction": Reconstruction,
+    "gradients": Gradients,
     "denoising": Denoising,
     "salt_and_pepper": SaltAndPepper,
     "masking": Masking,

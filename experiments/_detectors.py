@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
-from ae_jax.tasks.anomaly import Fitted, Scores, nearest
+from ae_jax.tasks.anomaly import Fitted, Scores, features, nearest
 
 Images: TypeAlias = Float[np.ndarray, "N H W C"]
 Rows: TypeAlias = Float[np.ndarray, "N D"]
@@ -34,9 +34,7 @@ class Rival(NamedTuple):
     limit: int | None = None
 
 
-def score_rivals(
-    normal: Images, held_out: Images, test: Images, num_normal: int
-) -> dict[str, Scores]:
+def score_rivals(normal: Images, held_out: Images, test: Images) -> dict[str, Scores]:
     """The scores of the test images by each rival, by its name.
 
     Args:
@@ -44,12 +42,10 @@ def score_rivals(
         held_out: other normal images: by their mean and spread scores that are summed
             are brought to one scale.
         test: what is scored.
-        num_normal: training images that the slow rivals are fitted to, at most.
     """
-    order = np.random.default_rng(0).permutation(len(normal))
     found, standardised = {}, {}
-    for name, rival in rivals(num_normal).items():
-        score = rival.fit(normal[order[: rival.limit]], **rival.setting)
+    for name, rival in RIVALS.items():
+        score = rival.fit(normal[: rival.limit], **rival.setting)
         found[name] = score(test)
         if any(name in parts for parts in SUMS.values()):
             standardised[name] = standardise(found[name], score(held_out))
@@ -137,6 +133,12 @@ def gradient_neighbours(normal: Images) -> Fitted:
     return lambda images: nearest(known, gradients(images))
 
 
+def oriented_neighbours(normal: Images) -> Fitted:
+    """The same of the gradients that our own score looks at."""
+    known = features(normal)
+    return lambda images: nearest(known, features(images))
+
+
 def residual(normal: Images, share: float, **of: Any) -> Fitted:
     """Squared distance to the plane of the components with this share of variance."""
     from sklearn.decomposition import PCA
@@ -193,36 +195,33 @@ def of_sklearn(normal: Images, make: str, options: Any, **of: Any) -> Fitted:
 SMOOTH: dict[str, Any] = {"sigma": 1}
 BLURRED: dict[str, Any] = {**SMOOTH, "unit": True}
 BEST_NEIGHBOURS, GRADIENTS = "neighbours, blurred, unit norm", "neighbours of gradients"
+ORIENTED = "neighbours of oriented gradients"
 SHIFTED = "neighbours, blurred, unit norm, shifted"
 SUMS = {
     "sum of blurred and gradients": (BEST_NEIGHBOURS, GRADIENTS),
     "sum of blurred, shifted and gradients": (SHIFTED, GRADIENTS),
+    "sum of blurred and oriented gradients": (BEST_NEIGHBOURS, ORIENTED),
 }
 """Rivals whose standardised scores are summed, by the name of the sum."""
 
 
-def rivals(num_normal: int) -> dict[str, Rival]:
-    """The rivals by their names; the slow ones see so many normal images at most."""
-    forest = {"n_estimators": 200, "random_state": 0}
-    outliers = {"n_neighbors": 20, "novelty": True}
-    machine = {"nu": 0.1, "gamma": "scale"}
+def _of(make: str, limit: int | None = None, **options: Any) -> Rival:
+    return Rival(of_sklearn, {"make": make, "options": options, **SMOOTH}, limit)
 
-    def of(make: str, options: Any, limit: int, **how: Any) -> Rival:
-        return Rival(of_sklearn, {"make": make, "options": options, **how}, limit)
 
-    return {
-        "neighbours": Rival(neighbours),
-        "neighbours, unit norm": Rival(neighbours, {"unit": True}),
-        "neighbours, blurred": Rival(neighbours, SMOOTH),
-        BEST_NEIGHBOURS: Rival(neighbours, BLURRED),
-        SHIFTED: Rival(neighbours, {**BLURRED, "shift": 1}, num_normal),
-        GRADIENTS: Rival(gradient_neighbours),
-        "PCA residual": Rival(residual, {"share": 0.95, **SMOOTH}),
-        "kernel density": Rival(density, {"bandwidth": 0.1, **BLURRED}),
-        "Gaussian, shrunk": Rival(gaussian, SMOOTH),
-        "local outlier factor": of(
-            "LocalOutlierFactor", outliers, num_normal, **SMOOTH
-        ),
-        "one-class SVM": of("OneClassSVM", machine, min(3000, num_normal), **SMOOTH),
-        "isolation forest": of("IsolationForest", forest, num_normal, **SMOOTH),
-    }
+RIVALS: dict[str, Rival] = {
+    "neighbours": Rival(neighbours),
+    "neighbours, unit norm": Rival(neighbours, {"unit": True}),
+    "neighbours, blurred": Rival(neighbours, SMOOTH),
+    BEST_NEIGHBOURS: Rival(neighbours, BLURRED),
+    SHIFTED: Rival(neighbours, {**BLURRED, "shift": 1}),
+    GRADIENTS: Rival(gradient_neighbours),
+    ORIENTED: Rival(oriented_neighbours),
+    "PCA residual": Rival(residual, {"share": 0.95, **SMOOTH}),
+    "kernel density": Rival(density, {"bandwidth": 0.1, **BLURRED}),
+    "Gaussian, shrunk": Rival(gaussian, SMOOTH),
+    "local outlier factor": _of("LocalOutlierFactor", n_neighbors=20, novelty=True),
+    "one-class SVM": _of("OneClassSVM", 3000, nu=0.1, gamma="scale"),
+    "isolation forest": _of("IsolationForest", n_estimators=200, random_state=0),
+}
+"""The rivals by their names."""

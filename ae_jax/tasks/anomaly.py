@@ -14,12 +14,16 @@ from jaxtyping import Array, Float
 
 from ae_jax import devices, metrics
 from ae_jax.errors import UserError, suggest
-from ae_jax.objectives import Denoising, Masking
+from ae_jax.gradients import oriented_gradients
+from ae_jax.keys import Purpose, fold_each, key_for
+from ae_jax.objectives import Denoising, Masking, batched
 from ae_jax.runs.inputs import as_images
 from ae_jax.runs.run import Run, in_blocks
 from ae_jax.train import scale
 
 NUM_NEIGHBOURS = 5
+NUM_STANDARD = 1000
+"""Normal images by whose scores others are brought to one scale."""
 NUM_DRAWS = 8
 """Noisy copies of an image whose errors are averaged."""
 
@@ -49,10 +53,19 @@ def dissimilarity(run: Run, normal: Any) -> Fitted:
 def noisy_error(run: Run, normal: Any, objective: Any) -> Fitted:
     """Error of what the run makes of noisy copies of the image, beside the image."""
     del normal
+    losses, seeds = batched(objective, run.model), np.arange(NUM_DRAWS, dtype=np.uint32)
+
+    @jax.jit
+    def of_block(params: Any, x: Array, numbers: Array) -> Array:
+        def of_draw(seed: Array) -> Array:
+            keys = fold_each(key_for(seed, Purpose.SCORE), numbers)
+            return losses(params, x, keys)[objective.loss_name]
+
+        return jax.numpy.mean(jax.lax.map(of_draw, seeds), axis=0)
 
     def score(images: Any) -> Scores:
-        draws = [run.scores(images, objective, seed) for seed in range(NUM_DRAWS)]
-        return np.mean([draw[objective.loss_name] for draw in draws], axis=0)
+        with devices.numerics(run.config.train.precision):
+            return in_blocks(of_block, run.params, as_images(images, run.shape))
 
     return score
 
@@ -71,20 +84,34 @@ def masking(run: Run, normal: Any) -> Fitted:
 
 
 def nearest(
-    normal: Float[np.ndarray, "M K"], points: Float[np.ndarray, "N K"]
+    normal: Float[np.ndarray, "M K"], points: Float[np.ndarray, "N K"], skip: int = 0
 ) -> Scores:
-    """Mean distance to the nearest normal points."""
+    """Mean distance to the nearest normal points, but for so many nearer ones."""
     from sklearn.neighbors import NearestNeighbors
 
-    count = min(NUM_NEIGHBOURS, len(normal))
+    count = min(NUM_NEIGHBOURS + skip, len(normal))
     search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(normal)
-    return search.kneighbors(points)[0].mean(axis=1)
+    return search.kneighbors(points)[0][:, skip:].mean(axis=1)
 
 
-def latent_neighbours(run: Run, normal: Any) -> Fitted:
-    """Mean distance to the five nearest latents of normal images."""
+def whitening(latents: Float[np.ndarray, "M K"]) -> Callable[[Any], Any]:
+    """The linear map that makes latents uncorrelated, each of unit variance.
+
+    Of a direction that hardly varies the variance is taken for a thousandth of the
+    others' mean: what it adds is mostly rounding.
+    """
+    mean = latents.mean(axis=0)
+    values, vectors = np.linalg.eigh(np.cov(latents.T, ddof=0).reshape(2 * mean.shape))
+    scale = np.sqrt(np.maximum(values, 1e-3 * values.mean()) + 1e-12)
+    return lambda points: ((points - mean) @ (vectors / scale)).astype(np.float32)
+
+
+def latent_neighbours(run: Run, normal: Any, skip: int = 0) -> Fitted:
+    """Mean distance to the five nearest latents of normal images, whitened."""
     latents = run.encode(normal)
-    return lambda x: nearest(latents, run.encode(x))
+    whiten = whitening(latents)
+    known = whiten(latents)
+    return lambda x: nearest(known, whiten(run.encode(x)), skip)
 
 
 def latent_density(run: Run, normal: Any) -> Fitted:
@@ -98,6 +125,56 @@ def latent_density(run: Run, normal: Any) -> Fitted:
 
     fitted = LedoitWolf().fit(run.encode(normal))
     return lambda x: fitted.mahalanobis(run.encode(x))
+
+
+# --- Of oriented gradients ------------------------------------------------------------
+
+
+def features(images: Any) -> Float[np.ndarray, "N F"]:
+    """Their oriented gradients; see :func:`gradients.oriented_gradients`."""
+    blocks = np.array_split(_floats(images), max(1, len(images) // 500))
+    with devices.numerics("float32"):
+        return np.concatenate([_oriented_gradients(block) for block in blocks])
+
+
+_oriented_gradients = jax.jit(oriented_gradients)
+
+
+def gradient_error(run: Run, normal: Any) -> Fitted:
+    """Squared distance of the reconstruction's oriented gradients from the image's."""
+    del normal
+    return lambda x: np.square(features(run.reconstruct(x)) - features(x)).sum(axis=1)
+
+
+def gradient_neighbours(run: Run, normal: Any, skip: int = 0) -> Fitted:
+    """Mean distance to the five nearest normal images by their oriented gradients."""
+    del run
+    known = features(normal)
+    return lambda x: nearest(known, features(x), skip)
+
+
+def gradients(run: Run, normal: Any) -> Fitted:
+    """What the run makes of an image, and how near normal ones are, in one number.
+
+    The logarithms of the error of its oriented gradients and of the distances of its
+    latent and of its gradients to normal ones', each in units of its spread over
+    normal images.
+    """
+    parts = (
+        lambda skip: gradient_error(run, normal),
+        lambda skip: latent_neighbours(run, normal, skip),
+        lambda skip: gradient_neighbours(run, normal, skip),
+    )
+    some, total = normal[:NUM_STANDARD], list[Fitted]()
+    for part in parts:
+        known = np.log(part(1)(some) + 1e-9)  # each is itself its nearest
+        spread = float(known.mean()), float(known.std())
+        total.append(_standardised_log(part(0), *spread))
+    return lambda x: np.sum([score(x) for score in total], axis=0)
+
+
+def _standardised_log(score: Fitted, mean: float, std: float) -> Fitted:
+    return lambda x: (np.log(score(x) + 1e-9) - mean) / (std + 1e-9)
 
 
 # --- Of the hidden layers: RaPP -------------------------------------------------------
@@ -146,9 +223,10 @@ def pathway_normalised(run: Run, normal: Any) -> Fitted:
     """The same in the directions of normal images' own, each at unit variance (NAP)."""
     found = pathway_differences(run, normal)
     mean = found.mean(axis=0)
-    _, values, directions = np.linalg.svd(found - mean, full_matrices=False)
-    kept = values > 1e-4 * values[0]  # the others are rounding
-    whiten = directions[kept].T / values[kept]
+    centred = (found - mean).astype(np.float64)
+    squares, directions = np.linalg.eigh(centred.T @ centred)  # faster than an SVD
+    kept = squares > 1e-8 * squares[-1]  # the others are rounding
+    whiten = directions[:, kept] / np.sqrt(squares[kept])
     return lambda x: np.square((pathway_differences(run, x) - mean) @ whiten).sum(1)
 
 
@@ -171,6 +249,9 @@ SCORES: dict[str, AnomalyScore] = {
     "masking": AnomalyScore(masking),
     "latent_neighbours": AnomalyScore(latent_neighbours, ("encode",)),
     "latent_density": AnomalyScore(latent_density, ("encode",)),
+    "gradient_error": AnomalyScore(gradient_error),
+    "gradient_neighbours": AnomalyScore(gradient_neighbours, ()),
+    "gradients": AnomalyScore(gradients, ("__call__", "encode")),
     "pathway_sum": AnomalyScore(pathway_sum, ("__call__", "encode")),
     "pathway_normalised": AnomalyScore(pathway_normalised, ("__call__", "encode")),
 }
