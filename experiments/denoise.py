@@ -4,7 +4,7 @@ Gaussian noise, salt and pepper, masked pixels. One residual network is trained 
 of them, blind to their kind and level, and then for a while on each alone; the
 tutorial's net and a wider one, both with a bottleneck, are trained on each as well. The
 rivals are fitted to the same noisy training images, each at whichever of its settings
-did best on held-out ones. All are scored on the same noisy test images. About 40
+did best on held-out ones. All are scored on the same noisy test images. About 50
 minutes on two cores.
 """
 
