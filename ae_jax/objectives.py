@@ -277,11 +277,11 @@ class AnyNoise(_FromNoisy):
 
 OBJECTIVES: dict[str, type[Any]] = {
     "reconstruction": Reconstruction,
-    "gradients": Gradients,
     "denoising": Denoising,
     "salt_and_pepper": SaltAndPepper,
     "masking": Masking,
     "any_noise": AnyNoise,
+    "gradients": Gradients,
 }
 """The objectives by the name that ``--objective.name`` takes."""
 
