@@ -127,16 +127,10 @@ def neighbours(
     return lambda images: nearest(known, pixels(images, sigma, unit))
 
 
-def gradient_neighbours(normal: Images) -> Fitted:
-    """The same of histograms of gradients."""
-    known = gradients(normal)
-    return lambda images: nearest(known, gradients(images))
-
-
-def oriented_neighbours(normal: Images) -> Fitted:
-    """The same of the gradients that our own score looks at."""
-    known = features(normal)
-    return lambda images: nearest(known, features(images))
+def feature_neighbours(normal: Images, of: Callable[[Images], Rows]) -> Fitted:
+    """The same of features of the images."""
+    known = of(normal)
+    return lambda images: nearest(known, of(images))
 
 
 def residual(normal: Images, share: float, **of: Any) -> Fitted:
@@ -215,8 +209,8 @@ RIVALS: dict[str, Rival] = {
     "neighbours, blurred": Rival(neighbours, SMOOTH),
     BEST_NEIGHBOURS: Rival(neighbours, BLURRED),
     SHIFTED: Rival(neighbours, {**BLURRED, "shift": 1}),
-    GRADIENTS: Rival(gradient_neighbours),
-    ORIENTED: Rival(oriented_neighbours),
+    GRADIENTS: Rival(feature_neighbours, {"of": gradients}),
+    ORIENTED: Rival(feature_neighbours, {"of": features}),
     "PCA residual": Rival(residual, {"share": 0.95, **SMOOTH}),
     "kernel density": Rival(density, {"bandwidth": 0.1, **BLURRED}),
     "Gaussian, shrunk": Rival(gaussian, SMOOTH),

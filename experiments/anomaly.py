@@ -283,8 +283,9 @@ def summarise(base: Anomaly, rows: Mapping[str, Rows]) -> dict[str, Any]:
         scored += new
         found.setdefault(task.kind, {})[task.name] = judge(new, images.anomalous)
     save_scores(base, scored, labels)
-    draw(base, rows, scored, {"tasks": found, "rivals": rivals})
-    return {"tasks": found, "rivals": rivals}
+    summary = {"tasks": found, "rivals": rivals}
+    draw(base, rows, scored, labels, summary)
+    return summary
 
 
 def judge(
@@ -349,6 +350,7 @@ def draw(
     base: Anomaly,
     rows: Mapping[str, Rows],
     scored: Sequence[Scored],
+    labels: Mapping[str, Any],
     summary: Mapping[str, Any],
 ) -> None:
     """Curves of the first kind of task, the mean over its tasks; images of its first.
@@ -361,24 +363,23 @@ def draw(
     from ae_jax import plots  # not before: matplotlib takes half a second
 
     kind, by_task = next(iter(summary["tasks"].items()))
-    of_kind = [task for task in tasks(base) if task.kind == kind]
-    images = {task.key: load_images(task, base.num_normal) for task in of_kind}
+    first = next(task for task in tasks(base) if task.kind == kind)
     best = best_rivals(by_task, summary["rivals"])[:NUM_CURVES]
     grid = np.linspace(0, 0.2, 21)
     curves = {}
     for name in (HEADLINE, *best):
         found = [
-            np.interp(grid, *roc_curve(images[one.task].anomalous, one.scores)[:2])
+            np.interp(grid, *roc_curve(labels[one.task], one.scores)[:2])
             for one in scored
-            if one.name == name and one.task in images
+            if one.name == name and one.task.startswith(f"{kind}/")
         ]
         curves[name] = grid.tolist(), np.mean(found, axis=0).tolist()
-    labels = "share of normal images taken for anomalies", "share of anomalies found"
-    plots.save(plots.lines(curves, *labels), base.run_dir / "anomaly_roc.png")
-    key = of_kind[0].key
+    axes = "share of normal images taken for anomalies", "share of anomalies found"
+    plots.save(plots.lines(curves, *axes), base.run_dir / "anomaly_roc.png")
+    key, test = first.key, load_images(first, base.num_normal).test
     run = open_run(rows[key][0]["run_dir"])
     scores = next(s for s in scored if (s.task, s.name) == (key, HEADLINE)).scores
-    order, anomalous = np.argsort(scores), images[key].anomalous
+    order, anomalous = np.argsort(scores), labels[key]
     shown = {
         "Most normal": order,
         "Least normal": order[::-1],
@@ -387,7 +388,7 @@ def draw(
     }
     pictures = {}
     for title, chosen in shown.items():
-        pictures[title] = images[key].test[chosen[:NUM_SHOWN]] / 255
+        pictures[title] = test[chosen[:NUM_SHOWN]] / 255
         pictures[f"{title}: reconstructed"] = run.reconstruct(pictures[title])
     plots.save(plots.image_rows(pictures), base.run_dir / "anomaly_images.png")
 

@@ -102,8 +102,8 @@ def whitening(latents: Float[np.ndarray, "M K"]) -> Callable[[Any], Any]:
     """
     mean = latents.mean(axis=0)
     values, vectors = np.linalg.eigh(np.cov(latents.T, ddof=0).reshape(2 * mean.shape))
-    scale = np.sqrt(np.maximum(values, 1e-3 * values.mean()) + 1e-12)
-    return lambda points: ((points - mean) @ (vectors / scale)).astype(np.float32)
+    spread = np.sqrt(np.maximum(values, 1e-3 * values.mean()) + 1e-12)
+    return lambda points: ((points - mean) @ (vectors / spread)).astype(np.float32)
 
 
 def latent_neighbours(run: Run, normal: Any, skip: int = 0) -> Fitted:
