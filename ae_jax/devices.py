@@ -65,13 +65,13 @@ def numerics(precision: str) -> Iterator[None]:
 
 def jit_chunk(chunk: Callable[..., TrainState], **options: Any) -> Any:
     """A train chunk as a compiled program that takes its state over."""
+    return jit_loop(chunk, donate_argnums=0, **options)
+
+
+def jit_loop(loop: Callable[..., Any], **options: Any) -> Any:
+    """A loop on the device as a compiled program, on a GPU by ``GPU_OPTIONS``."""
     gpu = jax.default_backend() == "gpu"
-    return jax.jit(
-        chunk,
-        donate_argnums=0,
-        compiler_options=GPU_OPTIONS if gpu else None,
-        **options,
-    )
+    return jax.jit(loop, compiler_options=GPU_OPTIONS if gpu else None, **options)
 
 
 # --- Processes ----------------------------------------------------------------------

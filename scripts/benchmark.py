@@ -381,13 +381,12 @@ def seconds_on_device(work: Callable[[Any], Any], start: Any, repeats: int) -> f
     """Seconds of work on the device, so often in one program, each on what it made."""
     import jax
 
-    from ae_jax.devices import GPU_OPTIONS, numerics
+    from ae_jax.devices import jit_loop, numerics
 
     def repeat(made: Any) -> Any:
         return jax.lax.fori_loop(0, repeats, lambda _, made: work(made), made)
 
-    gpu = jax.default_backend() == "gpu"
-    loop = jax.jit(repeat, compiler_options=GPU_OPTIONS if gpu else None)
+    loop = jit_loop(repeat)
     with numerics("float32"):
         operands = jax.device_put(start)
         return best_of(lambda: jax.block_until_ready(loop(operands))) / repeats
