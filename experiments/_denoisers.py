@@ -218,14 +218,14 @@ def biharmonic(train: Pairs) -> Denoise:
 
 def pca(train: Pairs, rank: int) -> Denoise:
     """Projection onto the first principal components of clean images."""
-    mean, _, vectors = _moments(flat(train.clean))
+    mean, _, vectors = _once(_moments, flat(train.clean))
     basis = vectors[:, -rank:]
     return of_rows(lambda y: mean + (y - mean) @ basis @ basis.T)
 
 
 def pca_wiener(train: Pairs, sigma: float) -> Denoise:
     """Wiener filter in the principal components of clean images."""
-    mean, values, vectors = _moments(flat(train.clean))
+    mean, values, vectors = _once(_moments, flat(train.clean))
     gain = _wiener_gain(values, vectors, sigma)
     return of_rows(lambda y: mean + (y - mean) @ gain)
 
@@ -247,7 +247,7 @@ def mixture(train: Pairs, sigma: float, parts: int) -> Denoise:
         Zoran and Weiss, "From learning models of natural image patches to whole image
         restoration", ICCV 2011, with whole images for patches.
     """
-    found = _gaussians(flat(train.clean), parts)
+    found = _once(_gaussians, flat(train.clean), parts)
 
     def denoise(y: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
         log_p = np.empty((len(found), len(y)))
@@ -270,29 +270,21 @@ def mixture(train: Pairs, sigma: float, parts: int) -> Denoise:
     return of_rows(denoise)
 
 
-_fitted: dict[Any, Any] = {}
-"""Of these images: it takes half a minute, and is the same for every noise."""
-
-
 def _gaussians(x: Float[np.ndarray, "N D"], parts: int) -> list[Any]:
     """The size, mean, variances and principal components of each of so many parts.
 
     Those of the least variance are left out, as if they had none.
     """
-    import joblib
     from sklearn.cluster import MiniBatchKMeans
 
-    key = joblib.hash((x, parts))
-    if key not in _fitted:
-        kmeans = MiniBatchKMeans(parts, random_state=0, n_init=1, batch_size=2048)
-        labels = kmeans.fit_predict(x)
-        parts_of = [x[labels == k] for k in range(parts)]
-        moments = [(len(part), *_moments(part)) for part in parts_of if len(part) > 1]
-        _fitted[key] = [
-            (count, mean, values[values > 1e-4], vectors[:, values > 1e-4])
-            for count, mean, values, vectors in moments
-        ]
-    return _fitted[key]
+    kmeans = MiniBatchKMeans(parts, random_state=0, n_init=1, batch_size=2048)
+    labels = kmeans.fit_predict(x)
+    parts_of = [x[labels == k] for k in range(parts)]
+    moments = [(len(part), *_moments(part)) for part in parts_of if len(part) > 1]
+    return [
+        (count, mean, values[values > 1e-4], vectors[:, values > 1e-4])
+        for count, mean, values, vectors in moments
+    ]
 
 
 def kernel_average(train: Pairs, sigma: float) -> Denoise:
@@ -403,6 +395,19 @@ def of_rows(denoise: Callable[..., Any], block: int = 500) -> Denoise:
         return np.concatenate(rows).reshape(noisy.shape)
 
     return of_all
+
+
+_fitted: dict[Any, Any] = {}
+
+
+def _once(fit: Callable[..., Any], x: Float[np.ndarray, "N D"], *args: Any) -> Any:
+    """What is fitted to clean images: the same for every setting and every noise."""
+    import joblib
+
+    key = fit.__name__, joblib.hash((x, args))
+    if key not in _fitted:
+        _fitted[key] = fit(x, *args)
+    return _fitted[key]
 
 
 def _moments(x: Float[np.ndarray, "N D"]) -> tuple[Any, Any, Any]:
