@@ -36,12 +36,12 @@ class Rival(NamedTuple):
     Attributes:
         fit: ``(training pairs, **setting)`` to the function that denoises.
         grid: the values of each setting that are tried.
-        told_mask: it is told which pixels are masked, and of use for masking alone.
+        given_mask: it is given which pixels are masked, and of use for masking alone.
     """
 
     fit: Callable[..., Denoise]
     grid: Mapping[str, Sequence[Any]] = {}
-    told_mask: bool = False
+    given_mask: bool = False
 
     def settings(self) -> Iterator[dict[str, Any]]:
         """Each combination of the values."""
@@ -100,9 +100,9 @@ def score_rivals(
     test, found, shown = dataset.test.images, dict[str, Any](), {}
     train = noisy_pairs(objective, dataset.train.images, seed + 1)
     for name, rival in rivals(base).items():
-        if rival.told_mask and not isinstance(objective, Masking):
+        if rival.given_mask and not isinstance(objective, Masking):
             continue
-        pairs = masked_pairs if rival.told_mask else noisy_pairs
+        pairs = masked_pairs if rival.given_mask else noisy_pairs
         settings = [*rival.settings()]
         if len(settings) > 1:
             tuning = pairs(objective, held_out, seed + 2)
@@ -203,7 +203,7 @@ def wavelet(train: Pairs, sigma: float, kind: str) -> Denoise:
 
 
 def biharmonic(train: Pairs) -> Denoise:
-    """Biharmonic inpainting, which is told the mask: where the noisy image is NaN."""
+    """Biharmonic inpainting, which is given the mask: where the noisy image is NaN."""
     from skimage.restoration import inpaint_biharmonic
 
     def inpaint(image: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
@@ -213,7 +213,7 @@ def biharmonic(train: Pairs) -> Denoise:
     return of_each(inpaint)
 
 
-# --- What training images tell --------------------------------------------------------
+# --- From training images ------------------------------------------------------------
 
 
 def pca(train: Pairs, rank: int) -> Denoise:
@@ -326,7 +326,7 @@ def table(train: Pairs, by_position: bool) -> Denoise:
 def boosted(train: Pairs, size: int, trees: int, pixels: int) -> Denoise:
     """Boosted trees for a pixel, from the noisy and two estimated images around it.
 
-    They are told its position too. The estimates, by :func:`mixture` and
+    They are given its position too. The estimates, by :func:`mixture` and
     :func:`linear_map`, see the whole image; they are fitted to five sixths of the
     images, the trees to the rest.
     """
@@ -442,7 +442,7 @@ def rivals(base: Any) -> dict[str, Rival]:
             wavelet,
             {"sigma": (0.03, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8), "kind": ("haar", "db2")},
         ),
-        "biharmonic inpainting, told the mask": Rival(biharmonic, told_mask=True),
+        "biharmonic inpainting, given the mask": Rival(biharmonic, given_mask=True),
         "PCA": Rival(pca, {"rank": (10, 20, 30, 40, 60, 90, 120, 200)}),
         "PCA-Wiener": Rival(pca_wiener, {"sigma": sigmas}),
         "linear map": Rival(

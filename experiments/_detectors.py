@@ -21,7 +21,7 @@ CELL, ORIENTATIONS = 4, 9
 
 
 class Rival(NamedTuple):
-    """A way to tell anomalies.
+    """A way to detect anomalies.
 
     Attributes:
         fit: ``(normal images, **setting)`` to the function that scores images.

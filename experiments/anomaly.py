@@ -1,8 +1,8 @@
-"""How well are anomalies told, beside the strongest rivals that are no networks?
+"""How well are anomalies detected, beside the strongest rivals that are no networks?
 
 One class of the data set is normal, each in turn, or all but one are; with ``--cross``
 also all of it, where the images of another set are the anomalies. Runs are trained on
-normal images alone and tell the test images by each score of
+normal images alone and score the test images by each entry of
 ``ae_jax.tasks.anomaly.SCORES``, one run by itself or all seeds together. The rivals are
 fitted to the same normal images. No label of a test image, and none of an anomaly, is
 used for a choice.
@@ -265,7 +265,7 @@ def score_rivals(base: Anomaly, task: Task, images: Images) -> list[Scored]:
 
 
 def summarise(base: Anomaly, rows: Mapping[str, Rows]) -> dict[str, Any]:
-    """Every score of every test image, how well each tells anomalies, the figures.
+    """Every score of every test image, how well each detects anomalies, the figures.
 
     Returns:
         ``tasks``: by kind, name of the task and way, what :func:`anomaly.evaluate`
@@ -291,7 +291,7 @@ def summarise(base: Anomaly, rows: Mapping[str, Rows]) -> dict[str, Any]:
 def judge(
     scored: Sequence[Scored], anomalous: Bool[np.ndarray, " N"]
 ) -> dict[str, dict[str, float]]:
-    """How well each way tells anomalies, the mean over its seeds, by its name."""
+    """How well each way detects anomalies, the mean over its seeds, by its name."""
     found: dict[str, list[dict[str, float]]] = {}
     for one in scored:
         # As they are kept, so that whoever reads them comes to the same.
@@ -394,7 +394,7 @@ def draw(
 
 
 def tables(base: Anomaly, summary: Mapping[str, Any]) -> list[Table]:
-    """How well each way tells anomalies, a table for each kind of task."""
+    """How well each way detects anomalies, a table for each kind of task."""
     rivals, found = summary["rivals"], list[Table]()
     for kind, by_task in summary["tasks"].items():
         ways = list(next(iter(by_task.values())))

@@ -80,7 +80,7 @@ PRESETS = {
     ),
 }
 SLOW = ("ours, a call each step", "item_by_item", "in_memory", "fused", "compiled")
-"""On a GPU they wait for the host in every step: a fifth of an epoch tells enough."""
+"""On a GPU they wait for the host in every step: a fifth of an epoch is enough."""
 
 
 def main(

@@ -150,7 +150,7 @@ def test_runs_are_trained_on_normal_images_alone(finished):
         np.testing.assert_array_equal(images.anomalous, odd)
 
 
-def test_another_set_is_told_and_tells(finished):
+def test_another_set_is_detected_and_detects(finished):
     base, summary = finished
     assert list(summary["tasks"]["cross"]) == ["digits", "npz"]
     for ways in summary["tasks"]["cross"].values():

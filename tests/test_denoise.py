@@ -209,7 +209,7 @@ def test_trees_beat_what_they_are_given(pairs):
     assert psnr(trees, test) > psnr(given, test) + 0.5
 
 
-def test_biharmonic_inpainting_is_told_the_mask_and_changes_nothing_else():
+def test_biharmonic_inpainting_is_given_the_mask_and_changes_nothing_else():
     images = Digits().load().train_images[:5]
     clean, noisy = _denoisers.masked_pairs(Masking(0.5), images, 3)
     plain = noisy_pairs(Masking(0.5), images, 3).noisy

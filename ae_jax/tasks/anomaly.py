@@ -298,7 +298,7 @@ def p_values(scores: Scores, normal: Float[np.ndarray, " M"]) -> Scores:
 def evaluate(
     scores: Scores, anomalous: Sequence[bool] | np.ndarray
 ) -> dict[str, float]:
-    """How well scores tell anomalies from normal images.
+    """How well scores separate anomalies from normal images.
 
     Returns:
         ``auroc``, ``average_precision``, and ``fpr95``, the share of normal images that
