@@ -83,6 +83,9 @@ class TrainConfig:
     """Seed of every draw: initial weights, order of the images, noise."""
     init_from: Path | None = None
     """Start from other parameters: a run folder, .safetensors or .pt (fine-tuning)."""
+    shift: CountOrZero = 0
+    """Pixels by which each image is shifted at random, each way, at most; what comes in
+    repeats the edge. The images of scores and of validation stay where they are."""
     precision: Precision = "float32"
     """Number format. bfloat16 and tf32 are the layers' arithmetic alone; float32 is
     full float32 on every device."""

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
 
 import pydantic
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,8 @@ T = TypeVar("T")
 Count = Annotated[int, pydantic.Field(gt=0, lt=2**31)]
 """One or more, and no more than JAX counts to."""
 CountOrZero = Annotated[int, pydantic.Field(ge=0, lt=2**31)]
+Activation = Literal["relu", "leaky_relu", "gelu", "tanh", "none"]
+"""See ``models.layers.ACTIVATIONS``; here, since that module loads JAX."""
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(pydantic.Field,))

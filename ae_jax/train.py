@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
+from ae_jax.keys import Purpose
+
 CHUNK_S = 2.0  # of work between two looks at signals and progress bar
 
 Params = Any
@@ -70,15 +72,26 @@ def make_optimizer(
     return (optax.chain(optax.clip_by_global_norm(norm), tx) if norm else tx), schedule
 
 
+def shift_randomly(
+    x: Float[Array, "H W C"], key: Key[Array, ""], most: int
+) -> Float[Array, "H W C"]:
+    """An image shifted by up to ``most`` pixels each way; what comes in is its edge."""
+    padded = jnp.pad(x, ((most, most), (most, most), (0, 0)), mode="edge")
+    row, column = jax.random.randint(key, (2,), 0, 2 * most + 1)
+    return jax.lax.dynamic_slice(padded, (row, column, 0), x.shape)
+
+
 def make_train_step(
     losses: Callable[..., dict[str, Float[Array, " B"]]],
     loss_name: str,
     tx: optax.GradientTransformation,
+    shift: int = 0,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The update rule: one batch, one gradient, one step of the optimiser.
 
     ``losses(params, x [B, H, W, C], keys [B])`` are the losses of each image by name,
-    of which that of ``loss_name`` is minimised.
+    of which that of ``loss_name`` is minimised. Each image is first shifted by up to
+    ``shift`` pixels, at random.
 
     Returns:
         ``step(state, x, weight [B]) -> (state, metrics)``. An image of weight 0 does
@@ -92,6 +105,9 @@ def make_train_step(
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
+        if shift:
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, Purpose.SHIFT)
+            x = jax.vmap(shift_randomly, (0, 0, None))(x, own, shift)
 
         def batch_loss(params: Params) -> tuple[Float[Array, ""], Metrics]:
             means = {

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from tyro.conf import Positional, arg
@@ -18,6 +18,7 @@ from tyro.conf import Positional, arg
 from ae_jax import cli, data, registry, weights
 from ae_jax.errors import UserError
 from ae_jax.files import write_file
+from ae_jax.options import Activation, options
 from ae_jax.weights import StateDict
 
 if TYPE_CHECKING:
@@ -27,14 +28,24 @@ NUM_IMAGES = 100
 """Test images that both forms reconstruct, to see that they agree."""
 
 
+@options
+class Activations:
+    """What a file of weights does not hold of a model."""
+
+    activation: Activation | None = None
+    """Activation of the hidden layers."""
+    latent_activation: Activation | None = None
+    """Activation of the latent."""
+
+
+UNCHANGED = Activations()
+
+
 def main(
     src: Annotated[Positional[Path], arg(metavar="SRC")],
     dst: Annotated[Positional[Path], arg(metavar="DST")],
     checkpoint: str = "latest",
-    latent_activation: Annotated[
-        Literal["relu", "leaky_relu", "none"] | None,
-        arg(name="model.latent-activation"),
-    ] = None,
+    model: Activations = UNCHANGED,
     data_name: Annotated[str | None, arg(name="data.name")] = None,
     data_dir: Annotated[Path | None, arg(name="data.dir")] = None,
 ) -> None:
@@ -51,8 +62,8 @@ def main(
             can be evaluated, and trained on from there.
         checkpoint: Of a run folder: latest, best (by held-out loss, else by training
             loss), or a step.
-        latent_activation: Activation of the latent, which the weights do not hold;
-            default: the run folder's, for a file the tutorial's relu.
+        model: What the weights do not hold; default: the run folder's, for a file the
+            tutorial's.
         data_name: Data set of the test images, on which a new run folder trains;
             default: the run folder's, for a file mnist.
         data_dir: Folder in which data sets are prepared.
@@ -66,14 +77,14 @@ def main(
         place = f"warning: {src}: NaN or infinity in {', '.join(bad)}"
         print(f"{place}; converted all the same", file=sys.stderr)
     num_pixels, hidden, latent_dim = sizes
-    model = dataclasses.replace(settings.model, hidden=hidden, latent_dim=latent_dim)
-    if latent_activation:
-        model = dataclasses.replace(model, latent_activation=latent_activation)
+    chosen = {name: value for name, value in vars(model).items() if value}
+    sized = {"hidden": hidden, "latent_dim": latent_dim}
+    net = dataclasses.replace(settings.model, **sized, **chosen)
     settings = dataclasses.replace(
         settings,
         run_dir=dst,
         data=_choose_data(settings.data, data_name, data_dir),
-        model=model,
+        model=net,
         train=dataclasses.replace(settings.train, precision=precision),
     )
     dataset = _load_data(settings, num_pixels, needed=dst.suffix not in WRITERS)
@@ -82,7 +93,7 @@ def main(
     elif dataset:
         _write_run(settings, state_dict, dataset, src)
     widths = "-".join(map(str, (num_pixels, *hidden, latent_dim)))
-    print(f"{dst}: {widths}, {precision}, latent {model.latent_activation}")
+    print(f"{dst}: {widths}, {precision}, latent {net.latent_activation}")
     if dataset and importlib.util.find_spec("torch"):
         images = dataset.test.images[:NUM_IMAGES]
         before = reconstruct(src, settings, images, checkpoint)
@@ -230,7 +241,7 @@ def reconstruct(
 
     Args:
         path: a run folder or a file.
-        settings: what a file does not hold: the latent's activation, the precision.
+        settings: what a file does not hold: the activations, the precision.
         images: uint8 [N, H, W, C].
         checkpoint: of a run folder.
     """
@@ -244,10 +255,15 @@ def reconstruct(
     activations = {
         "relu": torch.nn.ReLU,
         "leaky_relu": torch.nn.LeakyReLU,
+        "gelu": torch.nn.GELU,
+        "tanh": torch.nn.Tanh,
         "none": torch.nn.Identity,
     }
     state_dict = weights.read_state_dict(path)
     model = Autoencoder(*weights.infer_sizes(state_dict))
+    for part in (model.encoder, model.decoder):
+        for i in range(1, len(part) - 1, 2):
+            part[i] = activations[settings.model.activation]()
     model.encoder[-1] = activations[settings.model.latent_activation]()
     model.to(getattr(torch, settings.train.precision))
     tensors = {name: torch.tensor(array) for name, array in state_dict.items()}

@@ -25,9 +25,10 @@ from experiments.pytorch_baseline import Autoencoder
 from scripts import convert
 
 SIZES = (64, (10, 6), 3)
+ACTIVATIONS = convert.Activations("gelu", "leaky_relu")  # as below
 SMALL = Config(
     data=data.Digits(),
-    model=Dense(hidden=(16, 8), latent_activation="leaky_relu"),
+    model=Dense(hidden=(16, 8), activation="gelu", latent_activation="leaky_relu"),
     train=TrainConfig(num_epochs=2),
     checkpoint=CheckpointConfig(keep=2),
     figures=FiguresConfig(draw=False),
@@ -76,7 +77,7 @@ def test_a_run_survives_the_way_through_a_file_to_the_bit(
     trained, tmp_path, ending, capsys
 ):
     file = to(trained, tmp_path / f"weights{ending}", data_name=None)
-    folder = to(file, tmp_path / "new" / "run", "latest", "leaky_relu")
+    folder = to(file, tmp_path / "new" / "run", "latest", ACTIVATIONS)
     assert bits(file) == bits(folder) == bits(trained)
     ours, theirs = open_run(folder), open_run(trained)
     images = data.load(data.Digits()).test.images
@@ -115,9 +116,14 @@ def test_the_comparison_sees_a_wrong_activation_and_a_wrong_weight(
     tmp_path, capsys, monkeypatch
 ):
     save_torch(tmp_path / "a.pt", (64, (9,), 4))
-    monkeypatch.setattr(torch.nn, "Identity", torch.nn.ReLU)
-    to(tmp_path / "a.pt", tmp_path / "run", "latest", "none")
-    assert difference(capsys.readouterr().out) > 1e-3
+    wrong = {
+        "Identity": convert.Activations(latent_activation="none"),
+        "GELU": convert.Activations(activation="gelu"),
+    }
+    for name, activations in wrong.items():
+        monkeypatch.setattr(torch.nn, name, torch.nn.ReLU)
+        to(tmp_path / "a.pt", tmp_path / name, "latest", activations)
+        assert difference(capsys.readouterr().out) > 1e-3
 
     write = convert.WRITERS[".pt"]
 
@@ -138,7 +144,7 @@ def test_training_on_from_a_runs_first_weights_gives_that_run(trained, tmp_path)
     program = build(SMALL.model, Reconstruction(), SMALL.train, 1437, (8, 8, 1))
     first = weights.to_torch(jax.jit(program.init)(np.uint32(0)).params)
     weights.write_safetensors(tmp_path / "a.safetensors", first)
-    folder = to(tmp_path / "a.safetensors", tmp_path / "run", "latest", "leaky_relu")
+    folder = to(tmp_path / "a.safetensors", tmp_path / "run", "latest", ACTIVATIONS)
     asked = config.load(folder / "config.json", Config)
     keep_all = CheckpointConfig(keep=asked.train.num_epochs)
     train_run(replace(asked, figures=SMALL.figures, checkpoint=keep_all))
@@ -281,7 +287,8 @@ def test_the_command_converts_and_a_refusal_is_one_line_and_status_2(
 
     monkeypatch.setattr("ae_jax.cli.leave_on_signals", lambda: None)
     save_torch(tmp_path / "a.pt")
-    options = ["--model.latent-activation", "none", "--data.name", "digits"]
+    options = ["--model.latent-activation", "none", "--model.activation", "tanh"]
+    options += ["--data.name", "digits"]
     status, out, err = command(tmp_path / "a.pt", tmp_path / "run", *options)
     assert (status, err) == (0, "")
     assert difference(out) < 1e-6

@@ -150,7 +150,9 @@ def test_a_model_with_state_beside_its_parameters_is_refused_by_name():
 
 
 def test_the_tutorials_network_is_the_default():
-    assert MODELS["autoencoder"]() == Autoencoder((128, 64, 12), 3, "relu", "torch")
+    assert MODELS["autoencoder"]() == Autoencoder(
+        (128, 64, 12), 3, "relu", "relu", "torch"
+    )
 
 
 @pytest.mark.parametrize("activation", ["relu", "none"])

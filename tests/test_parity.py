@@ -195,6 +195,8 @@ def test_pixels_are_pytorchs_to_one_rounding():
 ACTIVATIONS = {
     "relu": torch.nn.ReLU(),
     "leaky_relu": torch.nn.LeakyReLU(),
+    "gelu": torch.nn.GELU(),
+    "tanh": torch.nn.Tanh(),
     "none": torch.nn.Identity(),
 }
 
@@ -205,6 +207,8 @@ ACTIVATIONS = {
         (Autoencoder(), "float32", 1e-6),
         (Autoencoder((5, 5), 2, latent_activation="leaky_relu"), "float64", 1e-12),
         (Autoencoder((), latent_activation="none"), "float64", 1e-12),
+        (Autoencoder((5, 5), 4, "gelu", "tanh"), "float64", 1e-12),
+        (Autoencoder((5, 5), 4, "tanh", "none"), "float64", 1e-12),
     ],
     ids=str,
 )
@@ -214,6 +218,9 @@ def test_with_pytorchs_weights_the_model_is_pytorchs(options, name, atol):
     with sides.precision(name), torch.inference_mode():
         torch.manual_seed(1)
         theirs = baseline.Autoencoder(30, *sizes)
+        for part in (theirs.encoder, theirs.decoder):
+            for i in range(1, len(part) - 1, 2):
+                part[i] = ACTIVATIONS[options.activation]
         theirs.encoder[-1] = ACTIVATIONS[options.latent_activation]
         params = weights.to_linen(baseline.to_numpy(theirs.state_dict().items()))
         net = options.make(shape, name)

@@ -151,6 +151,30 @@ def test_each_position_of_each_step_draws_from_its_own_key():
     assert len(set(draws)) == 3 * B
 
 
+def test_each_image_is_shifted_at_random_and_what_comes_in_repeats_the_edge():
+    most, tx, size = 2, optax.sgd(0.0), 200
+    image = np.arange(1.0, 31.0).reshape(6, 5, 1)
+    padded = np.pad(image, ((most, most), (most, most), (0, 0)), mode="edge")
+    sides = range(2 * most + 1)
+    shifted = jnp.array([padded[i : i + 6, j : j + 5] for i in sides for j in sides])
+
+    def losses(params, x, keys):
+        fits = (x[:, None] == shifted[None]).all((2, 3, 4))
+        number = jnp.where(fits.sum(1) == 1, fits.argmax(1), -1)
+        return {"draw": jax.vmap(jax.random.uniform)(keys), "number": params * number}
+
+    x = jnp.tile(jnp.asarray(image), (size, 1, 1, 1))
+    state = init_state(jnp.ones(()), tx, key_for(7, Purpose.STEP), [], T)
+    step = jax.jit(make_train_step(losses, "number", tx, most))
+    still = jax.jit(make_train_step(losses, "number", tx))
+    where = [int(step(state, x, weight)[1]["number"]) for weight in jnp.eye(size)]
+    assert set(where) == set(range(len(shifted)))
+    assert where[:3] != [step(state, x, w)[1]["number"] for w in jnp.eye(size)[3:6]]
+    one = jnp.eye(size)[0]
+    assert int(still(state, x, one)[1]["number"]) == len(shifted) // 2
+    assert step(state, x, one)[1]["draw"] == still(state, x, one)[1]["draw"]
+
+
 def test_same_seed_gives_the_same_bits_and_another_seed_others():
     init = jax.jit(build().init)
     one, again, other = (init(np.uint32(seed)) for seed in (0, 0, 2**32 - 1))

@@ -9,14 +9,13 @@ from jaxtyping import Array, Float
 from ae_jax.errors import UserError
 from ae_jax.models.layers import (
     ACTIVATIONS,
-    Activation,
     Downsample,
     Init,
     Upsample,
     make_layer,
     param_dtype,
 )
-from ae_jax.options import Count, options
+from ae_jax.options import Activation, Count, options
 
 
 @options

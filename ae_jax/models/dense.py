@@ -8,22 +8,23 @@ from jaxtyping import Array, Float
 
 from ae_jax.models.layers import (
     ACTIVATIONS,
-    Activation,
     Init,
     make_layer,
     param_dtype,
 )
-from ae_jax.options import Count, options
+from ae_jax.options import Activation, Count, options
 
 
 @options
 class Autoencoder:
-    """Dense autoencoder: ReLU between the layers, a sigmoid at the end."""
+    """Dense autoencoder with a sigmoid at the end."""
 
     hidden: tuple[Count, ...] = (128, 64, 12)
     """Widths of the encoder's hidden layers; the decoder mirrors them."""
     latent_dim: Count = 3
     """Units of the latent."""
+    activation: Activation = "relu"
+    """Activation of the hidden layers."""
     latent_activation: Activation = "relu"
     """Activation of the latent. The tutorial's is relu, whose units can die."""
     init: Init = "torch"
@@ -45,7 +46,7 @@ class DenseAutoencoder(nn.Module):
     Attributes:
         shape: of an image, (H, W, C).
         precision: see :mod:`layers`.
-        options: sizes, activation and initialiser.
+        options: sizes, activations and initialiser.
     """
 
     shape: tuple[int, int, int]
@@ -67,7 +68,7 @@ class DenseAutoencoder(nn.Module):
         """The latent of each image; non-negative if its activation is ReLU."""
         x = x.reshape(*x.shape[:-3], math.prod(x.shape[-3:]))
         for layer in self.encoder[:-1]:
-            x = nn.relu(layer(x))
+            x = ACTIVATIONS[self.options.activation](layer(x))
         latent = self.encoder[-1](x).astype(param_dtype(self.precision))
         return ACTIVATIONS[self.options.latent_activation](latent)
 
@@ -75,7 +76,7 @@ class DenseAutoencoder(nn.Module):
         """The image of each latent before the sigmoid."""
         x = latent
         for layer in self.decoder[:-1]:
-            x = nn.relu(layer(x))
+            x = ACTIVATIONS[self.options.activation](layer(x))
         # A sigmoid in bfloat16 would leave fewer grey levels than the images have.
         x = self.decoder[-1](x).astype(param_dtype(self.precision))
         return x.reshape(*x.shape[:-1], *self.shape)

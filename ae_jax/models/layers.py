@@ -1,5 +1,6 @@
 """What the models are made of: number formats, initialisers, layers."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -9,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from ae_jax.options import Activation
+
 Initializer = Callable[..., Array]
 Layer = TypeVar("Layer", bound=nn.Module)
 Precision = Literal["float32", "float64", "bfloat16", "tf32"]
 Init = Literal["torch", "flax", "he"]
-Activation = Literal["relu", "leaky_relu", "none"]
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
     "relu": nn.relu,
     "leaky_relu": nn.leaky_relu,
+    "gelu": functools.partial(nn.gelu, approximate=False),  # as PyTorch's nn.GELU
+    "tanh": nn.tanh,
     "none": lambda x: x,
 }
 

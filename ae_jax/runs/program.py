@@ -84,7 +84,7 @@ def build(
         )
     tx, schedule = make_optimizer(train, train.num_epochs * steps_per_epoch)
     losses = batched(objective, model)
-    train_step = make_train_step(losses, objective.loss_name, tx)
+    train_step = make_train_step(losses, objective.loss_name, tx, train.shift)
 
     def draw_params(key: Key[Array, ""]) -> Params:
         return init_params(model, key, shape, train.precision)
