@@ -16,7 +16,6 @@ class Purpose(enum.IntEnum):
     STEP = 2
     SAMPLES = 3
     SCORE = 4
-    SHIFT = 5
 
 
 def key_for(

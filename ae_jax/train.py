@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, Shaped, UInt8
 
-from ae_jax.keys import Purpose
-
 CHUNK_S = 2.0  # of work between two looks at signals and progress bar
+SHIFT = 2**31  # folded into an image's key; objectives fold in small numbers
 
 Params = Any
 Metrics = dict[str, Float[Array, ""]]
@@ -106,7 +105,7 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
         if shift:
-            own = jax.vmap(jax.random.fold_in, (0, None))(keys, Purpose.SHIFT)
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, SHIFT)
             x = jax.vmap(shift_randomly, (0, 0, None))(x, own, shift)
 
         def batch_loss(params: Params) -> tuple[Float[Array, ""], Metrics]:

@@ -12,8 +12,8 @@ from conftest import ROOT
 
 # A module imports only from the rows above its own, or from its own package.
 FLOORS = """
-errors keys
-options files train gradients
+errors
+options files keys train gradients
 objectives models metrics stats plots weights registry
 baselines collapse devices
 data
