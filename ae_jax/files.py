@@ -3,11 +3,12 @@
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import filelock
+import numpy as np
 
 from ae_jax.errors import UserError
 
@@ -41,6 +42,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, plain: Any) -> None:
     """Write JSON, indented, with a newline at the end."""
     write_text(path, json.dumps(plain, indent=2) + "\n")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write arrays by their names, as ``np.load`` reads them: an .npz."""
+    write_file(path, lambda file: np.savez_compressed(file, **dict(arrays)))
 
 
 def take_lock(path: Path, wait: bool) -> filelock.BaseFileLock | None:

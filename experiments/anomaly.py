@@ -20,11 +20,11 @@ from ae_jax import cli, config, data
 from ae_jax.config import Config, TrainConfig
 from ae_jax.data import Digits, Mnist
 from ae_jax.errors import UserError
-from ae_jax.files import write_file
+from ae_jax.files import write_arrays
 from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Gradients
 from ae_jax.options import Count, options
-from ae_jax.runs import results, study
+from ae_jax.runs import results, study, timing
 from ae_jax.runs.results import Table
 from ae_jax.runs.run import open_run
 from ae_jax.runs.study import Cell, Rows, Study
@@ -259,7 +259,7 @@ def score_rivals(base: Anomaly, task: Task, images: Images) -> list[Scored]:
             for part in (images.normal, images.held_out, images.test)
         )
         kept = _detectors.score_rivals(normal, held_out, test)
-        write_file(path, lambda file: save(file, kept))
+        write_arrays(path, kept)
     with np.load(path) as file:
         return [Scored(task.key, name, -1, file[name]) for name in file.files]
 
@@ -269,7 +269,8 @@ def summarise(base: Anomaly, rows: Mapping[str, Rows]) -> dict[str, Any]:
 
     Returns:
         ``tasks``: by kind, name of the task and way, what :func:`anomaly.evaluate`
-        gives, the mean over the seeds; ``rivals``: which of the ways are.
+        gives, the mean over the seeds; ``rivals``: which of the ways are;
+        ``train_gflop``: of all runs.
     """
     scored, labels = list[Scored](), dict[str, Any]()
     found: dict[str, Any] = {}
@@ -283,7 +284,8 @@ def summarise(base: Anomaly, rows: Mapping[str, Rows]) -> dict[str, Any]:
         scored += new
         found.setdefault(task.kind, {})[task.name] = judge(new, images.anomalous)
     save_scores(base, scored, labels)
-    summary = {"tasks": found, "rivals": rivals}
+    gflop = timing.train_gflop(rows)
+    summary = {"tasks": found, "rivals": rivals, "train_gflop": gflop}
     draw(base, rows, scored, labels, summary)
     return summary
 
@@ -320,12 +322,7 @@ def save_scores(
     columns: dict[str, Any] = {"score": score, "label": label}
     for key in ("task", "name", "seed"):
         columns[key] = np.array([getattr(one, key) for one in scored])
-    write_file(base.run_dir / "scores.npz", lambda file: save(file, columns))
-
-
-def save(file: Any, arrays: Mapping[str, Any]) -> None:
-    """Write arrays by their names, as ``np.load`` reads them."""
-    np.savez_compressed(file, **arrays)
+    write_arrays(base.run_dir / "scores.npz", columns)
 
 
 # --- Figures and tables ---------------------------------------------------------------
@@ -473,6 +470,7 @@ def main(base: Anomaly) -> None:
     for name, value in headline.items():
         print(f"{name:25} {value:.4f}")
     if study.is_reference(base, PRESETS):
+        headline["train_gflop"] = summary["train_gflop"]
         study.keep_result("anomaly", base, headline, shown)
 
 

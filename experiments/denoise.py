@@ -159,7 +159,7 @@ def summarise(base: Denoise, rows: Mapping[str, Rows]) -> dict[str, Any]:
             write_json(path, rivals)
         noises[noise] = score_networks(base, rows, noise, dataset) | read_json(path)
     draw(base, rows, noises, dataset)
-    return {"noises": noises, "train_gflop": train_gflop(rows, dataset)}
+    return {"noises": noises, "train_gflop": timing.train_gflop(rows)}
 
 
 def runs_of(rows: Mapping[str, Rows], name: str, noise: str) -> list[Run]:
@@ -187,17 +187,6 @@ def score_networks(
 def grey(run: Run) -> Callable[[Any], Any]:
     """A run as a function of images without an axis for the channel."""
     return lambda noisy: run.reconstruct(noisy)[..., 0]
-
-
-def train_gflop(rows: Mapping[str, Rows], dataset: data.Dataset) -> float:
-    """Operations of all trainings together, in 10⁹."""
-    num_train, shape = len(dataset.train.images), dataset.train.images.shape[1:]
-    total = 0.0
-    for members in rows.values():
-        settings = open_run(members[0]["run_dir"]).config
-        flops = timing.step_flops(settings, num_train, shape)
-        total += flops * sum(row["steps"] for row in members)
-    return total / 1e9
 
 
 def best_rival(scores: Mapping[str, Row]) -> str:

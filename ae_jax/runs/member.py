@@ -6,8 +6,6 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from ae_jax import baselines, collapse, config, data, devices, files, registry
 from ae_jax.config import Config
 from ae_jax.errors import UserError
@@ -213,7 +211,7 @@ class Member:
         if devices.is_first():
             path = self.folder / "figures" / "images.npz"
             path.parent.mkdir(exist_ok=True)
-            files.write_file(path, lambda file: np.savez_compressed(file, **images))
+            files.write_arrays(path, images)
 
     # --- While it trains ---
 

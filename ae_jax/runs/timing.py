@@ -2,7 +2,8 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,8 +12,10 @@ import numpy as np
 from ae_jax import data
 from ae_jax.config import Config
 from ae_jax.devices import numerics
+from ae_jax.runs.folder import read_description
 from ae_jax.runs.lanes import Feeds
 from ae_jax.runs.program import Compiled, build
+from ae_jax.runs.run import read_config
 from ae_jax.train import Plan, fit
 
 Runner = Callable[[int], object]
@@ -62,6 +65,22 @@ def seed_time_ratio(config: Config, together: int, num_rounds: int = 15) -> floa
         for _ in range(num_rounds + 1)
     ]
     return statistics.median(ratios[1:])  # the first round warms up
+
+
+def train_gflop(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> float:
+    """Operations of all trainings of a study together, in 10⁹.
+
+    Args:
+        rows: ``run_dir`` and ``steps`` of its runs, by cell.
+    """
+    total = 0.0
+    for members in rows.values():
+        path = Path(members[0]["run_dir"])
+        description = read_description(path)
+        settings, split = read_config(path, description.config), description.data
+        flops = step_flops(settings, split.num_train, split.shape)
+        total += flops * sum(row["steps"] for row in members)
+    return total / 1e9
 
 
 def step_flops(config: Config, num_train: int, shape: tuple[int, int, int]) -> float:
