@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TypeAlias
 import matplotlib.style
 import numpy as np
 from jaxtyping import Float, Integer, UInt8
+from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -156,16 +157,51 @@ def latents(
         names = [f"Principal component {i} of the latents" for i in (1, 2)]
     figure = Figure((8, 6), layout="constrained")
     axes: Any = figure.add_subplot(projection="3d" if len(names) == 3 else None)
-    classes = np.unique(labels)
-    for number, label in enumerate(classes):
-        style = "os^D"[number // len(COLOURS) % 4]
-        dots = latents[labels == label].T
-        axes.plot(*dots, style, alpha=0.6, mew=0, ms=5, label=str(label))
+    classes = _draw_classes(axes, latents, labels, size=5)
     for axis, name in zip("xyz", names, strict=False):
         axes.set(**{f"{axis}label": name})
     if len(classes) <= MAX_LEGEND:
         figure.legend(title="Class", loc="outside right upper")
     return figure
+
+
+@matplotlib.style.context(STYLE)
+def planes(
+    latents: Mapping[str, Float[np.ndarray, "N 2"]], labels: Integer[np.ndarray, "N"]
+) -> Figure:
+    """The same images in several planes, side by side, a colour for each class.
+
+    Each class is named where the median of its images lies.
+
+    Args:
+        latents: where they lie in each plane, by its name.
+        labels: their classes.
+    """
+    figure = Figure((4.5 * len(latents), 4.8), layout="constrained")
+    panels = figure.subplots(1, len(latents), squeeze=False)[0]
+    outline = [patheffects.withStroke(linewidth=3, foreground="white")]
+    for (name, dots), axes in zip(latents.items(), panels, strict=True):
+        for label in _draw_classes(axes, dots, labels, size=2):
+            place = np.median(dots[labels == label], axis=0)
+            centred = {"ha": "center", "va": "center"}
+            axes.text(*place, str(label), path_effects=outline, **centred)
+        axes.set(title=name, xticks=[], yticks=[])
+    return figure
+
+
+def _draw_classes(
+    axes: Any,
+    latents: Float[np.ndarray, "N K"],
+    labels: Integer[np.ndarray, "N"],
+    size: int,
+) -> Integer[np.ndarray, "M"]:
+    """Dots of each class in turn; which classes there are."""
+    classes = np.unique(labels)
+    for number, label in enumerate(classes):
+        style = "os^D"[number // len(COLOURS) % 4]
+        dots = latents[labels == label].T
+        axes.plot(*dots, style, alpha=0.6, mew=0, ms=size, label=str(label))
+    return classes
 
 
 # By its name pytest would take it for a test.
