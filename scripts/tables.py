@@ -14,6 +14,7 @@ from ae_jax import cli
 from ae_jax.errors import UserError, suggest
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKER = re.compile(r"<!--\s*(?:table|number)\b.*?-->")
 TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NUMBER = re.compile(r"(<!-- number (\w+) (\S+) (\S+) -->).*?(<!-- end -->)")
 
@@ -52,6 +53,22 @@ def fill(text: str, results: Path) -> str:
     return NUMBER.sub(number, TABLE.sub(tables, text))
 
 
+def check_markers(path: Path, text: str) -> None:
+    """Refuse what looks like a marker but is none, whose number would stay as typed.
+
+    Raises:
+        UserError: there is one.
+    """
+    for found in MARKER.finditer(text):
+        if not any(kind.match(text, found.start()) for kind in (TABLE, NUMBER)):
+            line = text.count("\n", 0, found.start()) + 1
+            raise UserError(
+                f"{path}:{line}: {found[0]} is not filled; write <!-- table NAME --> "
+                "at the end of a line, or <!-- number NAME KEY FORMAT -->, with single "
+                "spaces, and <!-- end --> after it"
+            )
+
+
 def main(check: bool = False, root: Path = ROOT) -> None:
     """Fill the tables and numbers of README and docs from experiments/results/.
 
@@ -63,6 +80,7 @@ def main(check: bool = False, root: Path = ROOT) -> None:
 
     for path in [root / "README.md", *sorted((root / "docs").glob("*.md"))]:
         text = path.read_text()
+        check_markers(path, text)
         filled = fill(text, root / "experiments" / "results")
         if filled == text:
             continue

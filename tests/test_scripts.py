@@ -374,6 +374,17 @@ def test_a_number_that_is_none_is_named(project, result, message):
         tables.fill(text, project)
 
 
+@pytest.mark.parametrize(
+    "marker",
+    ["number two share .1%  ", "number two share ", "table two  ", "number two a b c "],
+)
+def test_a_marker_that_would_not_be_filled_is_named(project, marker):
+    text = f"a\n<!-- {marker}-->\n9<!-- end -->\n"
+    (project / "docs" / "page.md").write_text(text)
+    with pytest.raises(UserError, match=rf"page.md:2: <!-- {marker}--> is not filled"):
+        tables.main(root=project)
+
+
 @pytest.mark.parametrize("result", [{}, [], {"table": 3}, {"table": {"rows": [[1]]}}])
 def test_a_result_without_a_table_is_named(project, result):
     path = project / "experiments" / "results" / "two.json"
