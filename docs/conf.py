@@ -34,6 +34,8 @@ exclude_patterns = ["_build"]
 html_theme = "sphinx_book_theme"
 html_title = "ae_jax"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_show_copyright = False
 html_theme_options = {
     "footer_content_items": [],
