@@ -11,11 +11,12 @@ from typing import Any, get_type_hints
 
 import flax.linen as nn
 import jax
-from docutils.nodes import Element, reference
+from docutils.nodes import Element, Text, document, reference
 from pydantic.dataclasses import is_pydantic_dataclass
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import desc_annotation, pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.ext.viewcode import viewcode_anchor
 
 import ae_jax
 
@@ -146,10 +147,51 @@ def shorten(
     for shown, written in (
         (r"<function <lambda>>|<factory>", "..."),
         (r"<(?:built-in )?function (\w+)>", r"\1"),
+        (r"<class '(?:\w+\.)*(\w+)'>", r"\1"),
         (r"PosixPath\(", "Path("),
     ):
         texts = (re.sub(shown, written, texts[0]), *texts[1:])
     return texts
+
+
+def shorten_values(app: Sphinx, domain: str, objtype: str, content: Element) -> None:
+    """Values as one would write them, and none that one would not."""
+    for node in [*content.parent.findall(desc_annotation)]:
+        value = node.astext()
+        if value.startswith(" = ") and ("<" in value or len(value) > 100):
+            node.parent.remove(node)
+        for text in [*node.findall(Text)]:
+            text.parent.replace(text, Text(text.replace("PosixPath(", "Path(")))
+
+
+def leave_out(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out what pydantic, not we, put into a class."""
+    return True if name == "model_config" else None
+
+
+def add_anchors(app: Sphinx, doctree: document) -> None:
+    """An object that is documented where it is imported is found by both its names."""
+    for anchor in doctree.findall(viewcode_anchor):
+        module = anchor["reftarget"].removeprefix("_modules/").replace("/", ".")
+        ids, name = anchor.parent["ids"], f"{module}.{anchor['refid']}"
+        if name not in ids:
+            ids.append(name)
+
+
+def link_back(app: Sphinx) -> list[Any]:
+    """From a source to its documentation, by the name that it has there.
+
+    And no link to the source of what has none, Python's own types.
+    """
+    modules = app.env._viewcode_modules  # type: ignore[attr-defined]
+    for name, entry in [*modules.items()]:
+        if entry:
+            modules[name] = (*entry[:3], name)
+        else:
+            del modules[name]
+    return []
 
 
 def find_short(
@@ -168,4 +210,8 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", make_readable)
     app.connect("autodoc-process-docstring", keep_text, priority=400)
     app.connect("autodoc-process-signature", shorten)
+    app.connect("autodoc-skip-member", leave_out)
+    app.connect("object-description-transform", shorten_values)
+    app.connect("doctree-read", add_anchors, priority=600)  # after viewcode's
+    app.connect("html-collect-pages", link_back, priority=400)  # before viewcode's
     app.connect("missing-reference", find_short)

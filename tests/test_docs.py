@@ -1,5 +1,6 @@
 """What the documents show as Python runs and holds, and the site of them is whole."""
 
+import html
 import importlib.util
 import json
 import re
@@ -56,17 +57,42 @@ def build(source, out):
     return done.returncode, re.sub(colour, "", done.stdout + done.stderr)
 
 
-def test_the_site_is_built_from_every_page_and_notebook(tmp_path):
-    status, said = build(ROOT / "docs", tmp_path / "html")
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of the site; read only."""
+    folder = tmp_path_factory.mktemp("site") / "html"
+    status, said = build(ROOT / "docs", folder)
     assert status == 0, said
-    pages = {path.stem for path in (tmp_path / "html").glob("*.html")}
+    return folder
+
+
+def test_the_site_is_built_from_every_page_and_notebook(site):
+    pages = {path.stem for path in site.glob("*.html")}
     assert pages >= {page.stem for page in PAGES}
-    tour = (tmp_path / "html" / "tour.html").read_text()
+    tour = (site / "tour.html").read_text()
     assert tour.count('<img alt="_images') == 7
-    index = (tmp_path / "html" / "index.html").read_text()
+    index = (site / "index.html").read_text()
     result = ROOT / "experiments" / "results" / "benchmark.json"
     speed = json.loads(result.read_text())["headline"]["speed_ratio_item_by_item"]
     assert f"{speed:.1f} times as long" in index
+
+
+def test_every_link_of_the_site_leads_to_a_place_in_it(site):
+    pages = [page for page in site.rglob("*.html") if "_static" not in page.parts]
+    texts = {page: page.read_text() for page in pages}
+    places = {p: {*re.findall(r'\bid="([^"]+)"', text)} for p, text in texts.items()}
+    links = {
+        (page, html.unescape(link))
+        for page, text in texts.items()
+        for link in re.findall(r'<a\b[^>]* href="(?!https?:)([^"]+)"', text)
+    }
+    assert len(links) > 1000
+    for page, link in links:
+        path, _, place = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_file(), (page, link)
+        if place and target in places:
+            assert place in places[target], (page, link)
 
 
 @pytest.mark.parametrize(
