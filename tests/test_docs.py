@@ -70,7 +70,9 @@ def test_the_site_is_built_from_every_page_and_notebook(site):
     pages = {path.stem for path in site.glob("*.html")}
     assert pages >= {page.stem for page in PAGES}
     tour = (site / "tour.html").read_text()
-    assert tour.count('<img alt="_images') == 7
+    alts = re.findall(r'<img alt="([^"]*)" src="_images', tour)
+    assert len(alts) == 7
+    assert all(re.fullmatch("[A-Z][a-z][a-z, ]+", alt) for alt in alts), alts
     index = (site / "index.html").read_text()
     result = ROOT / "experiments" / "results" / "benchmark.json"
     speed = json.loads(result.read_text())["headline"]["speed_ratio_item_by_item"]
