@@ -33,8 +33,7 @@ def run_snippet(page, word) -> dict:
 
 def test_the_lines_of_python_train_and_open_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    short = "ae_jax.Config(train=ae_jax.config.TrainConfig(num_epochs=2), run_dir="
-    text = snippet("README.md", "ae_jax.fit").replace("ae_jax.Config(run_dir=", short)
+    text = snippet("README.md", "ae_jax.fit").replace("num_epochs=40", "num_epochs=2")
     names = {}
     exec(text, names)
     assert names["latents"].shape == (360, 3)
