@@ -28,7 +28,7 @@ def run(tmp_path_factory):
         small(
             folder,
             data=Digits(classes=(NORMAL,), num_validation=40),
-            model=Autoencoder((24,), 4, "none", "he"),
+            model=Autoencoder((24,), 4, latent_activation="none", init="he"),
             checkpoint=CheckpointConfig(keep=1),
             num_epochs=60,
             batch_size=20,

@@ -90,7 +90,7 @@ def finished(tmp_path_factory):
     base = dataclasses.replace(
         QUICK,
         run_dir=folder / "study",
-        model=Autoencoder((24,), 4, "none", "he"),
+        model=Autoencoder((24,), 4, latent_activation="none", init="he"),
         train=dataclasses.replace(QUICK.train, num_epochs=40),
         classes=(NORMAL,),
         rest_epochs=3,
