@@ -180,11 +180,11 @@ def planes(
     figure = Figure((4.5 * len(latents), 4.8), layout="constrained")
     panels = figure.subplots(1, len(latents), squeeze=False)[0]
     outline = [patheffects.withStroke(linewidth=3, foreground="white")]
+    style: Any = {"ha": "center", "va": "center", "path_effects": outline}
     for (name, dots), axes in zip(latents.items(), panels, strict=True):
         for label in _draw_classes(axes, dots, labels, size=2):
             place = np.median(dots[labels == label], axis=0)
-            centred = {"ha": "center", "va": "center"}
-            axes.text(*place, str(label), path_effects=outline, **centred)
+            axes.text(*place, str(label), **style)
         axes.set(title=name, xticks=[], yticks=[])
     return figure
 

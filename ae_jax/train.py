@@ -76,7 +76,8 @@ def shift_randomly(
 ) -> Float[Array, "H W C"]:
     """An image shifted by up to ``most`` pixels each way; what comes in is its edge."""
     padded = jnp.pad(x, ((most, most), (most, most), (0, 0)), mode="edge")
-    row, column = jax.random.randint(key, (2,), 0, 2 * most + 1)
+    own = jax.random.fold_in(key, SHIFT)
+    row, column = jax.random.randint(own, (2,), 0, 2 * most + 1)
     return jax.lax.dynamic_slice(padded, (row, column, 0), x.shape)
 
 
@@ -105,8 +106,7 @@ def make_train_step(
         key = jax.random.fold_in(state.key, state.step)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x)))
         if shift:
-            own = jax.vmap(jax.random.fold_in, (0, None))(keys, SHIFT)
-            x = jax.vmap(shift_randomly, (0, 0, None))(x, own, shift)
+            x = jax.vmap(shift_randomly, (0, 0, None))(x, keys, shift)
 
         def batch_loss(params: Params) -> tuple[Float[Array, ""], Metrics]:
             means = {

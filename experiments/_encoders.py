@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 Rows: TypeAlias = Float[np.ndarray, "N D"]
 Reconstruct: TypeAlias = Callable[[Rows], Rows]
@@ -116,7 +116,7 @@ NUM_ROUNDS = 8
 
 def _by_nearest(
     planes: Sequence[Plane], images: Rows
-) -> tuple[Rows, Float[np.ndarray, " N"]]:
+) -> tuple[Rows, Int[np.ndarray, " N"]]:
     """Images as the nearest plane reconstructs them, and which it is."""
     best, least = np.empty_like(images), np.full(len(images), np.inf)
     number = np.zeros(len(images), int)

@@ -25,6 +25,8 @@ from ae_jax.runs import results, study, timing
 from ae_jax.runs.results import Table
 from ae_jax.runs.run import open_run
 from ae_jax.runs.study import Cell, Rows, Study
+from ae_jax.train import scale
+from experiments import _encoders
 
 OURS = "ours"
 PUBLISHED = {
@@ -132,16 +134,13 @@ def summarise(base: Deep, rows: Mapping[str, Rows]) -> dict[str, Any]:
 
 def sse(reconstruct: Callable[[Any], Any], images: Any) -> float:
     """Squared error, summed over the pixels of an image, the mean over the images."""
-    from experiments._encoders import squared_error
-
     recon = reconstruct(images).reshape(len(images), -1)
-    return squared_error(recon, rows_of(images))
+    return _encoders.squared_error(recon, rows_of(images))
 
 
 def rows_of(images: Any) -> Float[np.ndarray, "N D"]:
     """Stored images as rows of pixels in [0, 1]."""
-    rows: np.ndarray = images.reshape(len(images), -1) / np.float32(255)
-    return rows
+    return scale(images, np.float32).reshape(len(images), -1)
 
 
 def kept_rivals(base: Deep, dataset: data.Dataset) -> tuple[dict[str, Any], Any]:
@@ -149,8 +148,6 @@ def kept_rivals(base: Deep, dataset: data.Dataset) -> tuple[dict[str, Any], Any]
 
     They are kept in ``run_dir``, so that this resumes too.
     """
-    from experiments import _encoders
-
     path = base.run_dir / "rivals.json"
     if not path.exists():
         train, test = rows_of(dataset.train.images[:]), rows_of(dataset.test.images[:])
@@ -191,12 +188,10 @@ def rival_planes(dataset: data.Dataset) -> dict[str, Float[np.ndarray, "N 2"]]:
     """
     from sklearn.manifold import TSNE
 
-    from experiments._encoders import fit_plane
-
     train, test = (rows_of(part.images[:]) for part in (dataset.train, dataset.test))
     print("t-SNE …", flush=True)
     nearby = TSNE(init="pca", random_state=0, n_jobs=-1).fit_transform(test)
-    return {"PCA": fit_plane(train, 2).encode(test), "t-SNE": nearby}
+    return {"PCA": _encoders.fit_plane(train, 2).encode(test), "t-SNE": nearby}
 
 
 def accuracies(
@@ -286,7 +281,7 @@ def check(base: Deep) -> None:
     """Refuse what this study cannot do, before anything is trained.
 
     Raises:
-        UserError: the model has no latent, the images are too few or too large.
+        UserError: the model has no latent, or too many images are held out.
     """
     dataset = data.load(base.data)
     if not hasattr(base.model, "latent_dim"):
