@@ -72,10 +72,7 @@ def main(
     state_dict, settings = _read(src, checkpoint)
     sizes = weights.infer_sizes(state_dict, str(src))
     precision = weights.precision_of(state_dict, str(src))
-    bad = [name for name, array in state_dict.items() if not np.isfinite(array).all()]
-    if bad:
-        place = f"warning: {src}: NaN or infinity in {', '.join(bad)}"
-        print(f"{place}; converted all the same", file=sys.stderr)
+    _warn_if_not_finite(src, state_dict)
     num_pixels, hidden, latent_dim = sizes
     chosen = {name: value for name, value in vars(model).items() if value}
     sized = {"hidden": hidden, "latent_dim": latent_dim}
@@ -138,6 +135,13 @@ def _read(path: Path, checkpoint: str) -> tuple[StateDict, "Config"]:
             "autoencoder has a counterpart in PyTorch"
         )
     return weights.to_torch(run.params), run.config
+
+
+def _warn_if_not_finite(path: Path, state_dict: StateDict) -> None:
+    bad = [name for name, array in state_dict.items() if not np.isfinite(array).all()]
+    if bad:
+        place = f"warning: {path}: NaN or infinity in {', '.join(bad)}"
+        print(f"{place}; converted all the same", file=sys.stderr)
 
 
 # --- Data ----------------------------------------------------------------------------
