@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from ae_jax import cli, config, data
 from ae_jax.config import Config, TrainConfig
@@ -350,17 +350,12 @@ def draw(
     labels: Mapping[str, Any],
     summary: Mapping[str, Any],
 ) -> None:
-    """Curves of the first kind of task, the mean over its tasks; images of its first.
-
-    On the images stand those that seem the most and the least normal, and those of
-    either kind that seem the least what they are, each over its reconstruction.
-    """
+    """Curves of the first kind of task, means over its tasks; images of its first."""
     from sklearn.metrics import roc_curve
 
     from ae_jax import plots  # not before: matplotlib takes half a second
 
     kind, by_task = next(iter(summary["tasks"].items()))
-    first = next(task for task in tasks(base) if task.kind == kind)
     best = best_rivals(by_task, summary["rivals"])[:NUM_CURVES]
     grid = np.linspace(0, 0.2, 21)
     curves = {}
@@ -373,21 +368,30 @@ def draw(
         curves[name] = grid.tolist(), np.mean(found, axis=0).tolist()
     axes = "share of normal images taken for anomalies", "share of anomalies found"
     plots.save(plots.lines(curves, *axes), base.run_dir / "anomaly_roc.png")
+    first = next(task for task in tasks(base) if task.kind == kind)
     key, test = first.key, load_images(first, base.num_normal).test
-    run = open_run(rows[key][0]["run_dir"])
     scores = next(s for s in scored if (s.task, s.name) == (key, HEADLINE)).scores
-    order, anomalous = np.argsort(scores), labels[key]
-    shown = {
+    chosen = pick(np.argsort(scores), labels[key])
+    run, pictures = open_run(rows[key][0]["run_dir"]), {}
+    for title, order in chosen.items():
+        pictures[title] = test[order[:NUM_SHOWN]] / 255
+        pictures[f"{title}: reconstructed"] = run.reconstruct(pictures[title])
+    plots.save(plots.image_rows(pictures), base.run_dir / "anomaly_images.png")
+
+
+def pick(
+    order: Int[np.ndarray, " N"], anomalous: Bool[np.ndarray, " N"]
+) -> dict[str, Int[np.ndarray, " M"]]:
+    """Which images are shown: the most and the least normal, and those mistaken most.
+
+    ``order`` is from the most normal to the least.
+    """
+    return {
         "Most normal": order,
         "Least normal": order[::-1],
         "Anomalies that seem most normal": order[anomalous[order]],
         "Normal images that seem least so": order[~anomalous[order]][::-1],
     }
-    pictures = {}
-    for title, chosen in shown.items():
-        pictures[title] = test[chosen[:NUM_SHOWN]] / 255
-        pictures[f"{title}: reconstructed"] = run.reconstruct(pictures[title])
-    plots.save(plots.image_rows(pictures), base.run_dir / "anomaly_images.png")
 
 
 def tables(base: Anomaly, summary: Mapping[str, Any]) -> list[Table]:
