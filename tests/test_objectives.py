@@ -234,7 +234,6 @@ def test_masking_blackens_whole_pixels(share):
         (SaltAndPepper(0.4, 0.2), lambda x: (x != 0.5).mean(axis=(1, 2, 3)), 0.2, 0.4),
         (Masking(0.4, 0.2), lambda x: (x == 0).mean(axis=(1, 2, 3)), 0.2, 0.4),
     ],
-    ids=str,
 )
 def test_of_a_range_each_image_has_a_level_of_its_own(objective, measure, low, high):
     levels = np.sort(measure(corrupted(objective, GREY, 200)))
