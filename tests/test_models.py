@@ -26,6 +26,7 @@ from ae_jax.models.layers import (
     upsample,
 )
 from ae_jax.models.residual import Residual
+from ae_jax.models.variational import MAX_LOG_STD, Variational
 from ae_jax.objectives import Reconstruction
 from ae_jax.runs import program
 
@@ -36,6 +37,7 @@ SMALL = {
     Autoencoder: {"hidden": (11, 9)},
     ConvAutoencoder: {"hidden": (4, 7)},
     Residual: {"channels": 5, "num_blocks": 2},
+    Variational: {"hidden": (11, 9), "latent_dim": 4},
 }
 """Of models whose defaults compile slowly, or are large."""
 
@@ -241,6 +243,27 @@ def test_a_residual_nets_parameters_fit_images_of_any_size():
         jax.tree.map(jnp.shape, net.init(KEY, jnp.zeros(net.shape))) for net in nets
     ]
     assert shapes[0] == shapes[1]
+
+
+# --- The variational one --------------------------------------------------------------
+
+
+def test_the_posterior_is_the_encoders_output_in_halves_and_never_overflows():
+    net, params = make(Variational)
+    with devices.numerics("float64"):
+        x = jnp.asarray(IMAGES)
+        mean, log_std = forward(net, "posterior")(params, x)
+        assert mean.shape == log_std.shape == (*LEADING, 4)
+        np.testing.assert_array_equal(forward(net, "encode")(params, x), mean)
+        rows = IMAGES.reshape(-1, np.prod(SHAPE))
+        for i in range(3):
+            layer = jax.tree.map(np.asarray, params[f"encoder_{i}"])
+            rows = (np.tanh(rows) if i else rows) @ layer["kernel"] + layer["bias"]
+        found = np.concatenate([mean, log_std], axis=-1).reshape(-1, 8)
+        np.testing.assert_allclose(found, rows, rtol=1e-12)
+        extreme = jax.tree.map(lambda leaf: 1e4 * leaf, params)
+        _, log_std = forward(net, "posterior")(extreme, x)
+        assert np.abs(log_std).max() == MAX_LOG_STD
 
 
 # --- First draws ----------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 ``make(shape, precision)`` gives a Linen module that maps images ``[*B, H, W, C]``,
 pixels in [0, 1], to a reconstruction of the same shape; one with a latent ``[*B, K]``
-has the methods ``encode``, ``decode`` and ``logits`` (``decode`` before the sigmoid).
+has the methods ``encode``, ``decode`` and ``logits`` (``decode`` before the sigmoid),
+and one with a distribution of it for each image has ``posterior``, which gives the mean
+and the logarithm of the deviation of a diagonal Gaussian.
 All its state is in its parameters. To add one: write the two classes and add a line to
 :data:`MODELS`.
 """
@@ -18,12 +20,14 @@ from ae_jax.models.conv import ConvAutoencoder
 from ae_jax.models.dense import Autoencoder
 from ae_jax.models.layers import param_dtype
 from ae_jax.models.residual import Residual
+from ae_jax.models.variational import Variational
 from ae_jax.train import Params
 
 MODELS: dict[str, type[Any]] = {
     "autoencoder": Autoencoder,
     "conv": ConvAutoencoder,
     "residual": Residual,
+    "variational": Variational,
 }
 """The models by the name that ``--model.name`` takes."""
 

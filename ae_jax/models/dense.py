@@ -1,17 +1,11 @@
 """The tutorial's network: dense layers from the pixels to the latent and back."""
 
-import itertools
 import math
 
 import flax.linen as nn
 from jaxtyping import Array, Float
 
-from ae_jax.models.layers import (
-    ACTIVATIONS,
-    Init,
-    make_layer,
-    param_dtype,
-)
+from ae_jax.models.layers import ACTIVATIONS, Init, make_dense, through_dense
 from ae_jax.options import Activation, Count, options
 
 
@@ -57,28 +51,19 @@ class DenseAutoencoder(nn.Module):
         """Name the layers encoder_0, …, decoder_0, …, each a kernel and a bias."""
         widths = (math.prod(self.shape), *self.options.hidden, self.options.latent_dim)
         self.encoder, self.decoder = (
-            [
-                make_layer(nn.Dense, width, fan_in, self.options.init, self.precision)
-                for fan_in, width in itertools.pairwise(chain)
-            ]
+            make_dense(chain, self.options.init, self.precision)
             for chain in (widths, widths[::-1])
         )
 
     def encode(self, x: Float[Array, "*B H W C"]) -> Float[Array, "*B K"]:
         """The latent of each image; non-negative if its activation is ReLU."""
         x = x.reshape(*x.shape[:-3], math.prod(x.shape[-3:]))
-        for layer in self.encoder[:-1]:
-            x = ACTIVATIONS[self.options.activation](layer(x))
-        latent = self.encoder[-1](x).astype(param_dtype(self.precision))
+        latent = through_dense(self.encoder, x, self.options.activation)
         return ACTIVATIONS[self.options.latent_activation](latent)
 
     def logits(self, latent: Float[Array, "*B K"]) -> Float[Array, "*B H W C"]:
         """The image of each latent before the sigmoid."""
-        x = latent
-        for layer in self.decoder[:-1]:
-            x = ACTIVATIONS[self.options.activation](layer(x))
-        # A sigmoid in bfloat16 would leave fewer grey levels than the images have.
-        x = self.decoder[-1](x).astype(param_dtype(self.precision))
+        x = through_dense(self.decoder, latent, self.options.activation)
         return x.reshape(*x.shape[:-1], *self.shape)
 
     def decode(self, latent: Float[Array, "*B K"]) -> Float[Array, "*B H W C"]:

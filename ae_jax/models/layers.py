@@ -1,7 +1,8 @@
 """What the models are made of: number formats, initialisers, layers."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import flax.linen as nn
@@ -86,6 +87,27 @@ def make_layer(
         kernel_init=kernel,
         bias_init=bias,
     )
+
+
+def make_dense(widths: Sequence[int], init: str, precision: str) -> list[nn.Dense]:
+    """Dense layers between each width and the next; see :func:`make_layer`."""
+    return [
+        make_layer(nn.Dense, width, fan_in, init, precision)
+        for fan_in, width in itertools.pairwise(widths)
+    ]
+
+
+def through_dense(
+    layers: Sequence[nn.Module], x: Float[Array, "*B D"], activation: Activation
+) -> Float[Array, "*B F"]:
+    """What layers make of x one after the other, the last without an activation.
+
+    It comes out in the parameters' number format: a sigmoid in bfloat16 would leave
+    fewer grey levels than images have.
+    """
+    for layer in layers[:-1]:
+        x = ACTIVATIONS[activation](layer(x))
+    return layers[-1](x).astype(layers[-1].param_dtype)
 
 
 def _patches(
