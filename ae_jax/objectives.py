@@ -109,8 +109,9 @@ def binary_cross_entropy(
         raise ValueError(
             f"logits are {logits.shape}, target {target.shape}: not the same"
         )
-    white, black = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
-    return -jnp.mean(target * white + (1 - target) * black)
+    # log(1 + exp(logits)) - target * logits, of an exponential that cannot overflow.
+    rest = jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    return jnp.mean(jnp.maximum(logits, 0) - target * logits + rest)
 
 
 @options
