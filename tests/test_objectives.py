@@ -17,11 +17,13 @@ from ae_jax.config import TrainConfig
 from ae_jax.errors import UserError
 from ae_jax.models import MODELS
 from ae_jax.models.dense import Autoencoder
+from ae_jax.models.variational import Variational
 from ae_jax.objectives import (
     OBJECTIVES,
     RESERVED,
     AnyNoise,
     Denoising,
+    Elbo,
     Masking,
     Reconstruction,
     SaltAndPepper,
@@ -36,7 +38,10 @@ KEYS = jax.random.split(jax.random.key(3), B)
 ALL = [
     *(cls() for cls in OBJECTIVES.values()),
     Reconstruction(loss="bce"),
+    Elbo(num_samples=3, beta=0.5, binarise=False),
 ]
+MODEL_OF = {Elbo: Variational((11, 9), latent_dim=4)}
+"""Of objectives that not any autoencoder will do for."""
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (B, *SHAPE)) / 255
 IMAGES[0], IMAGES[1] = 0, 1  # black and white, the ends of the range
@@ -50,9 +55,30 @@ def make(options):
         return net, random_like(variables["params"])
 
 
+PLAIN = Autoencoder(hidden=(11, 9), latent_dim=4, latent_activation="none")
+
+
 @pytest.fixture(scope="module")
 def model():
-    return make(Autoencoder(hidden=(11, 9), latent_dim=4, latent_activation="none"))
+    return make(PLAIN)
+
+
+@pytest.fixture
+def fitting(objective):
+    """A model that the objective is for."""
+    return make(MODEL_OF.get(type(objective), PLAIN))
+
+
+def draws(objective):
+    """Whether it asks for the key."""
+    return hasattr(objective, "corrupt") or isinstance(objective, Elbo)
+
+
+def needs(objective):
+    """The method that the model must have beside the call."""
+    if objective.loss_name == "bce":
+        return "encode"
+    return {Elbo: "posterior"}.get(type(objective), "__call__")
 
 
 @functools.cache
@@ -75,8 +101,9 @@ def _float64():
 def test_an_images_value_is_its_row_of_any_batch(objective, name):
     net, params = make(MODELS[name]())
     losses = losses_of(objective, net)
-    if objective.loss_name == "bce" and not hasattr(net, "encode"):
-        with pytest.raises(UserError, match=r"^model \w+: has no encode, which is ne"):
+    if not hasattr(net, method := needs(objective)):
+        line = rf"^model \w+: has no {method}, which is needed here; add it"
+        with pytest.raises(UserError, match=line):
             losses(params, jnp.asarray(IMAGES), KEYS)
         return
     whole = losses(params, jnp.asarray(IMAGES), KEYS)
@@ -97,8 +124,8 @@ def test_an_images_value_is_its_row_of_any_batch(objective, name):
     assert all(others[name][0] == values[0] for name, values in whole.items())
 
 
-def test_loss_and_gradient_are_finite_at_the_ends_of_the_range(objective, model):
-    net, params = model
+def test_loss_and_gradient_are_finite_at_the_ends_of_the_range(objective, fitting):
+    net, params = fitting
     loss = batched(objective, net)
 
     @jax.jit
@@ -111,8 +138,8 @@ def test_loss_and_gradient_are_finite_at_the_ends_of_the_range(objective, model)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
 
 
-def test_draws_depend_on_the_key_and_on_nothing_else(objective, model):
-    net, params = model
+def test_draws_depend_on_the_key_and_on_nothing_else(objective, fitting):
+    net, params = fitting
     losses = losses_of(objective, net)
     same = jnp.broadcast_to(jnp.asarray(IMAGES[3]), IMAGES.shape)
     values = losses(params, same, jnp.broadcast_to(KEYS[2], KEYS.shape))
@@ -120,11 +147,11 @@ def test_draws_depend_on_the_key_and_on_nothing_else(objective, model):
         np.testing.assert_allclose(column, column[0], rtol=1e-12)
     drawn = losses(params, same, KEYS)[objective.loss_name]
     distinct = len({round(float(value), 12) for value in drawn})
-    assert distinct == (B if hasattr(objective, "corrupt") else 1)
+    assert distinct == (B if draws(objective) else 1)
 
 
-def test_mse_is_the_error_of_the_models_reconstruction(objective, model):
-    net, params = model
+def test_mse_is_the_error_of_the_models_reconstruction(objective, fitting):
+    net, params = fitting
     found = losses_of(objective, net)(params, jnp.asarray(IMAGES), KEYS)
     if "mse" in found:
         recon = net.apply({"params": params}, jnp.asarray(IMAGES))
@@ -132,8 +159,8 @@ def test_mse_is_the_error_of_the_models_reconstruction(objective, model):
         np.testing.assert_allclose(found["mse"], expected, rtol=1e-12)
 
 
-def test_names_are_plain_and_of_one_metric_each(objective, model):
-    found = losses_of(objective, model[0])(model[1], jnp.asarray(IMAGES), KEYS)
+def test_names_are_plain_and_of_one_metric_each(objective, fitting):
+    found = losses_of(objective, fitting[0])(fitting[1], jnp.asarray(IMAGES), KEYS)
     assert not set(found) & {*RESERVED, "epoch", "step", "wall_s"}
     assert all(name.isidentifier() for name in found)
 
