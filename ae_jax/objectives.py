@@ -349,6 +349,29 @@ class Elbo:
         return -bound, {"distortion": jnp.mean(distortion), "kl": kl}
 
 
+@options
+class Autoregressive:
+    """The binarised image's likelihood, each pixel given those before it."""
+
+    binarise: bool = True
+    """Draw each pixel black or white, anew each time; else grey is a probability."""
+
+    loss_name: ClassVar[str] = "nats"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Params,
+        x: Float[Array, "H W C"],
+        key: Key[Array, ""],
+    ) -> tuple[Loss, dict[str, Float[Array, ""]]]:
+        """−log p(x), in nats an image, of the image that :class:`Elbo` draws too."""
+        if self.binarise:
+            x = binarise(x, key)
+        logits = apply(model, params, x, "conditionals")
+        return x.size * binary_cross_entropy(logits, x), {}
+
+
 OBJECTIVES: dict[str, type[Any]] = {
     "reconstruction": Reconstruction,
     "denoising": Denoising,
@@ -357,6 +380,7 @@ OBJECTIVES: dict[str, type[Any]] = {
     "any_noise": AnyNoise,
     "gradients": Gradients,
     "elbo": Elbo,
+    "autoregressive": Autoregressive,
 }
 """The objectives by the name that ``--objective.name`` takes."""
 

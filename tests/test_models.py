@@ -25,6 +25,7 @@ from ae_jax.models.layers import (
     uniform_within,
     upsample,
 )
+from ae_jax.models.made import Made, masks
 from ae_jax.models.residual import Residual
 from ae_jax.models.variational import MAX_LOG_STD, Variational
 from ae_jax.objectives import Reconstruction
@@ -38,6 +39,7 @@ SMALL = {
     ConvAutoencoder: {"hidden": (4, 7)},
     Residual: {"channels": 5, "num_blocks": 2},
     Variational: {"hidden": (11, 9), "latent_dim": 4},
+    Made: {"hidden": (11, 9)},
 }
 """Of models whose defaults compile slowly, or are large."""
 
@@ -264,6 +266,25 @@ def test_the_posterior_is_the_encoders_output_in_halves_and_never_overflows():
         extreme = jax.tree.map(lambda leaf: 1e4 * leaf, params)
         _, log_std = forward(net, "posterior")(extreme, x)
         assert np.abs(log_std).max() == MAX_LOG_STD
+
+
+# --- The autoregressive one -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden", [(), (40,), (20, 13), (1,)])
+@pytest.mark.parametrize("shape", [(2, 3, 2), (1, 1, 1)])
+def test_a_pixels_odds_depend_on_those_before_it_and_on_no_other(hidden, shape):
+    net, params = make(Made, shape, hidden=hidden)
+    with devices.numerics("float64"):
+        x = jnp.asarray(np.random.default_rng(0).random(shape))
+        odds = jax.jit(jax.jacobian(forward(net, "conditionals"), argnums=1))
+        found = np.asarray(odds(params, x)).reshape(x.size, x.size)
+    before = np.tri(x.size, k=-1, dtype=bool)
+    assert not found[~before].any()
+    paths = np.linalg.multi_dot([np.eye(x.size), *masks(x.size, hidden)])
+    assert not paths.T[~before].any()
+    if hidden != (1,):  # too few units for all of them
+        assert paths.T[before].all()
 
 
 # --- First draws ----------------------------------------------------------------------

@@ -17,11 +17,13 @@ from ae_jax.config import TrainConfig
 from ae_jax.errors import UserError
 from ae_jax.models import MODELS
 from ae_jax.models.dense import Autoencoder
+from ae_jax.models.made import Made
 from ae_jax.models.variational import Variational
 from ae_jax.objectives import (
     OBJECTIVES,
     RESERVED,
     AnyNoise,
+    Autoregressive,
     Denoising,
     Elbo,
     Masking,
@@ -40,7 +42,7 @@ ALL = [
     Reconstruction(loss="bce"),
     Elbo(num_samples=3, beta=0.5, binarise=False),
 ]
-MODEL_OF = {Elbo: Variational((11, 9), latent_dim=4)}
+MODEL_OF = {Elbo: Variational((11, 9), latent_dim=4), Autoregressive: Made((11,))}
 """Of objectives that not any autoencoder will do for."""
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (B, *SHAPE)) / 255
@@ -71,14 +73,15 @@ def fitting(objective):
 
 def draws(objective):
     """Whether it asks for the key."""
-    return hasattr(objective, "corrupt") or isinstance(objective, Elbo)
+    return hasattr(objective, "corrupt") or isinstance(objective, tuple(MODEL_OF))
 
 
 def needs(objective):
     """The method that the model must have beside the call."""
     if objective.loss_name == "bce":
         return "encode"
-    return {Elbo: "posterior"}.get(type(objective), "__call__")
+    found = {Elbo: "posterior", Autoregressive: "conditionals"}
+    return found.get(type(objective), "__call__")
 
 
 @functools.cache
@@ -298,6 +301,19 @@ def test_noise_out_of_range_is_refused(cls, fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         cls(**fields)
     assert "\n" not in str(caught.value)
+
+
+def test_the_likelihoods_of_all_images_there_are_sum_to_one():
+    shape = (2, 2, 2)
+    net = Made((9,)).make(shape, "float64")
+    variables = jax.eval_shape(net.init, KEYS[0], jnp.zeros(shape))
+    params = random_like(variables["params"], 2.0)
+    pixels = np.indices((2,) * 8).reshape(8, -1).T
+    images = jnp.asarray(pixels.reshape(-1, *shape), "float64")
+    keys = jax.random.split(KEYS[0], len(images))
+    nats = batched(Autoregressive(), net)(params, images, keys)["nats"]
+    assert np.exp(-nats).sum() == pytest.approx(1, rel=1e-10)
+    assert np.std(nats) > 1
 
 
 # --- What is no objective -------------------------------------------------------------

@@ -4,7 +4,8 @@
 pixels in [0, 1], to a reconstruction of the same shape; one with a latent ``[*B, K]``
 has the methods ``encode``, ``decode`` and ``logits`` (``decode`` before the sigmoid),
 and one with a distribution of it for each image has ``posterior``, which gives the mean
-and the logarithm of the deviation of a diagonal Gaussian.
+and the logarithm of the deviation of a diagonal Gaussian. One that gives each pixel's
+log odds from the pixels before it alone has ``conditionals``.
 All its state is in its parameters. To add one: write the two classes and add a line to
 :data:`MODELS`.
 """
@@ -19,6 +20,7 @@ from ae_jax.errors import UserError
 from ae_jax.models.conv import ConvAutoencoder
 from ae_jax.models.dense import Autoencoder
 from ae_jax.models.layers import param_dtype
+from ae_jax.models.made import Made
 from ae_jax.models.residual import Residual
 from ae_jax.models.variational import Variational
 from ae_jax.train import Params
@@ -28,6 +30,7 @@ MODELS: dict[str, type[Any]] = {
     "conv": ConvAutoencoder,
     "residual": Residual,
     "variational": Variational,
+    "made": Made,
 }
 """The models by the name that ``--model.name`` takes."""
 
