@@ -16,6 +16,7 @@ class Purpose(enum.IntEnum):
     STEP = 2
     SAMPLES = 3
     SCORE = 4
+    GENERATE = 5
 
 
 def key_for(

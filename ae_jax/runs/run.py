@@ -97,6 +97,29 @@ def scores_of(
     return scores
 
 
+def draw_each(
+    draw: Callable[..., Array], images: Any, seed: int = 0
+) -> Float[np.ndarray, "N H W C"]:
+    """What ``draw(x, key)`` makes of each image, with the draws of :func:`scores_of`.
+
+    Args:
+        draw: of one image; gives one of the same shape.
+        images: [N, H, W, C], uint8 or floats in [0, 1].
+        seed: image i draws from ``fold_in(key_for(seed, SCORE), i)``.
+
+    Returns:
+        float32.
+    """
+
+    @jax.jit
+    def of_block(dtype: Array, x: Array, numbers: Array) -> Array:
+        del dtype  # of x, which is what else the parameters are asked for
+        return jax.vmap(draw)(x, fold_each(key_for(seed, Purpose.SCORE), numbers))
+
+    with devices.numerics("float32"):
+        return np.asarray(in_blocks(of_block, np.zeros((), np.float32), images))
+
+
 def can_die(config: Config) -> bool:
     """Whether units of the latent can die: those of a ReLU can."""
     return getattr(config.model, "latent_activation", None) == "relu"

@@ -4,12 +4,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from ae_jax import devices
 from ae_jax.errors import UserError
-from ae_jax.keys import Purpose, fold_each, key_for
-from ae_jax.runs.run import Run, in_blocks
+from ae_jax.runs.run import Run, draw_each
 
 
 def corrupt(objective: Any, images: Any, seed: int = 0) -> Float[np.ndarray, "N H W C"]:
@@ -18,20 +17,12 @@ def corrupt(objective: Any, images: Any, seed: int = 0) -> Float[np.ndarray, "N 
     Args:
         objective: one with ``corrupt(x, key)``, such as :class:`objectives.Denoising`.
         images: [N, H, W, C], uint8 or floats in [0, 1].
-        seed: image i draws from ``fold_in(key_for(seed, SCORE), i)``.
+        seed: of the draws, see :func:`ae_jax.runs.run.draw_each`.
 
     Returns:
         float32, pixels in [0, 1].
     """
-
-    @jax.jit
-    def of_block(dtype: Array, x: Array, numbers: Array) -> Array:
-        del dtype  # of x, which is what else the parameters are asked for
-        keys = fold_each(key_for(seed, Purpose.SCORE), numbers)
-        return jax.vmap(objective.corrupt)(x, keys)
-
-    with devices.numerics("float32"):
-        return np.asarray(in_blocks(of_block, np.zeros((), np.float32), images))
+    return draw_each(objective.corrupt, images, seed)
 
 
 def denoise(run: Run, images: Any) -> Float[np.ndarray, "N H W C"]:

@@ -49,11 +49,30 @@ def find_pictures(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
-def write_picture(path: Path, image: Float[np.ndarray, "H W C"]) -> None:
-    """Write pixels in [0, 1] as a picture, in the format of the path's ending.
+def tile(
+    images: Float[np.ndarray, "N H W C"], num_columns: int, gap: int = 1
+) -> Float[np.ndarray, "h w C"]:
+    """Images as one, row by row, with grey lines between them; the last row is filled.
+
+    Args:
+        images: pixels in [0, 1].
+        num_columns: images of a row.
+        gap: width of the lines, in pixels.
+    """
+    missing = -len(images) % num_columns
+    images = np.pad(images, ((0, missing), *[(0, 0)] * 3))
+    lines = (0, 0), (gap, 0), (gap, 0), (0, 0)
+    framed = np.pad(images, lines, constant_values=0.5)
+    _, height, width, channels = framed.shape
+    rows = framed.reshape(-1, num_columns, height, width, channels).swapaxes(1, 2)
+    return rows.reshape(-1, num_columns * width, channels)[gap:, gap:]
+
+
+def format_of(path: Path) -> str:
+    """The format of a picture that is to be written, by its ending.
 
     Raises:
-        UserError: there is no such format.
+        UserError: there is no such format, or no such folder.
     """
     from PIL import Image
 
@@ -61,6 +80,16 @@ def write_picture(path: Path, image: Float[np.ndarray, "H W C"]) -> None:
     format_name = Image.registered_extensions().get(ending)
     if format_name not in Image.SAVE:
         raise UserError(f"{path}: no format of pictures ends in {ending!r}; try .png")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+    return format_name
+
+
+def write_picture(path: Path, image: Float[np.ndarray, "H W C"]) -> None:
+    """Write pixels in [0, 1] as a picture; errors as of :func:`format_of`."""
+    from PIL import Image
+
+    format_name = format_of(path)
     pixels = np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
     picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
     write_file(path, lambda file: picture.save(file, format_name))
