@@ -304,7 +304,7 @@ class Elbo:
     """Weight of what the latent costs, log q(z|x) − log p(z); 1 bounds the likelihood.
     """
     binarise: bool = True
-    """Draw each pixel black or white, anew each time; else grey is a probability."""
+    """Draw each pixel black or white, afresh each time; else grey is a probability."""
 
     loss_name: ClassVar[str] = "nats"
 
@@ -354,7 +354,7 @@ class Autoregressive:
     """The binarised image's likelihood, each pixel given those before it."""
 
     binarise: bool = True
-    """Draw each pixel black or white, anew each time; else grey is a probability."""
+    """Draw each pixel black or white, afresh each time; else grey is a probability."""
 
     loss_name: ClassVar[str] = "nats"
 
