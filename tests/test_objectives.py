@@ -174,6 +174,7 @@ LOGITS = (
     RNG.normal(size=(B, *SHAPE))
     * np.array([0.1, 1, 5, 20, 40, 100, 700])[:, None, None, None]
 )
+LOGITS[0, 0] = 0  # as an output of zeros begins
 TORCH = {
     "squared_error": (squared_error, torch.nn.MSELoss()),
     "binary_cross_entropy": (binary_cross_entropy, torch.nn.BCEWithLogitsLoss()),
