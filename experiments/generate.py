@@ -58,17 +58,23 @@ class Generate(Study):
     model: Any = config.section(Variational)
     objective: Any = config.section(lambda: Elbo(num_samples=8))
     train: TrainConfig = config.section(
-        lambda: TrainConfig(num_epochs=80, batch_size=100, schedule="cosine")
+        lambda: TrainConfig(
+            num_epochs=80,
+            batch_size=100,
+            learning_rate=3e-3,
+            schedule="cosine",
+            weight_decay=0.05,
+        )
     )
     num_seeds: study.NumSeeds = dataclasses.field(
         default=1, metadata={"resume": "raise"}
     )
     """Runs of each kind; may be raised later."""
-    vae_epochs: Count = 80
+    vae_epochs: Count = 60
     """Epochs of the runs that are trained on one sample."""
     made: Made = config.section(Made)
     """The autoregressive rival."""
-    made_epochs: Count = 20
+    made_epochs: Count = 60
     """Its epochs."""
     plain_epochs: Count = 20
     """Epochs of the autoencoder whose latents get a mixture of Gaussians."""
@@ -99,7 +105,7 @@ PRESETS = {
         objective=Elbo(num_samples=20),
         train=dataclasses.replace(Generate().train, num_epochs=600),
         vae_epochs=600,
-        made_epochs=60,
+        made_epochs=200,
     ),
 }
 

@@ -139,7 +139,8 @@ def test_the_images_of_a_bound_are_fixed_by_the_seed(variational, made):
     # With many samples which ones hardly matters.
     found = generation.nats(variational, images, 1000, 5)
     other = variational.scores(black_and_white, Elbo(1000, binarise=False), 9)["nats"]
-    np.testing.assert_allclose(found, other, atol=0.7)
+    assert np.median(np.abs(found - other)) < 0.3
+    assert abs(found.mean() - other.mean()) < 0.2
     assert found.mean() < generation.nats(variational, images, 1, 5).mean()
 
 

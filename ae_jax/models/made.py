@@ -21,7 +21,7 @@ class Made:
 
     hidden: tuple[Count, ...] = (1000,)
     """Widths of the hidden layers."""
-    activation: Activation = "relu"
+    activation: Activation = "gelu"
     """Activation of the hidden layers."""
     init: Init = "he"
     """Initialiser: PyTorch's (all uniform in ±1/√fan_in), Flax's (LeCun), or He's."""

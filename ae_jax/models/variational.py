@@ -17,13 +17,13 @@ MAX_LOG_STD = 10.0
 class Variational:
     """Dense variational autoencoder of binary pixels."""
 
-    hidden: tuple[Count, ...] = (300, 300)
+    hidden: tuple[Count, ...] = (500, 500)
     """Widths of the encoder's hidden layers; the decoder mirrors them."""
     latent_dim: Count = 50
     """Units of the latent."""
-    activation: Activation = "tanh"
+    activation: Activation = "gelu"
     """Activation of the hidden layers."""
-    init: Init = "flax"
+    init: Init = "he"
     """Initialiser: PyTorch's (all uniform in ±1/√fan_in), Flax's (LeCun), or He's."""
 
     def make(self, shape: tuple[int, int, int], precision: str) -> nn.Module:
