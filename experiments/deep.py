@@ -60,8 +60,9 @@ class Deep(Study):
         lambda: TrainConfig(
             num_epochs=300,
             batch_size=200,
+            learning_rate=2e-3,
             schedule="cosine",
-            weight_decay=0.01,
+            weight_decay=0.1,
             shift=1,
         )
     )
