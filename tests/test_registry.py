@@ -33,7 +33,11 @@ def test_a_name_finds_its_class_and_the_class_its_name(section, name):
     ("name", "message"),
     [
         ("autoencodr", r"there is no autoencodr \(did you mean autoencoder"),
-        ("resnet", r"there is no resnet; known are: autoencoder, conv, .*; one"),
+        (
+            "resnet",
+            "there is no resnet; known are: autoencoder, conv, made, residual, "
+            "variational; one",
+        ),
         ("no.such:Thing", r"cannot import no\.such:Thing: No module named 'no'; defi"),
         ("ae_jax.models:Thing", "cannot import .* has no attribute 'Thing'"),
         (":Thing", "cannot import :Thing: "),
