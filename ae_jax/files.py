@@ -49,6 +49,20 @@ def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     write_file(path, lambda file: np.savez_compressed(file, **dict(arrays)))
 
 
+def keep_arrays(path: Path, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    """The arrays that a file keeps, by their names; if there is none, it is made.
+
+    Args:
+        path: of the .npz; its folder is made too.
+        make: computes the arrays.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_arrays(path, make())
+    with np.load(path) as file:
+        return dict(file)
+
+
 def take_lock(path: Path, wait: bool) -> filelock.BaseFileLock | None:
     """Lock a file for this process; the system unlocks it, however the process ends.
 

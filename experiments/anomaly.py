@@ -20,7 +20,7 @@ from ae_jax import cli, config, data
 from ae_jax.config import Config, TrainConfig
 from ae_jax.data import Digits, Mnist
 from ae_jax.errors import UserError
-from ae_jax.files import write_arrays
+from ae_jax.files import keep_arrays, write_arrays
 from ae_jax.models.dense import Autoencoder
 from ae_jax.objectives import Gradients
 from ae_jax.options import Count, options
@@ -250,18 +250,17 @@ def score_rivals(base: Anomaly, task: Task, images: Images) -> list[Scored]:
     """By each rival; kept in ``run_dir``, so that this resumes too."""
     from experiments import _detectors
 
-    path = base.run_dir / "rivals" / f"{study.slug(task.key)}.npz"
-    if not path.exists():
+    def score() -> dict[str, Any]:
         print(f"{task.key}: the rivals …", flush=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
         normal, held_out, test = (
             part / np.float32(255)
             for part in (images.normal, images.held_out, images.test)
         )
-        kept = _detectors.score_rivals(normal, held_out, test)
-        write_arrays(path, kept)
-    with np.load(path) as file:
-        return [Scored(task.key, name, -1, file[name]) for name in file.files]
+        return _detectors.score_rivals(normal, held_out, test)
+
+    path = base.run_dir / "rivals" / f"{study.slug(task.key)}.npz"
+    kept = keep_arrays(path, score)
+    return [Scored(task.key, name, -1, scores) for name, scores in kept.items()]
 
 
 def summarise(base: Anomaly, rows: Mapping[str, Rows]) -> dict[str, Any]:

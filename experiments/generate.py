@@ -10,7 +10,6 @@ images that are nearest to them.
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from ae_jax import cli, config, data
 from ae_jax.config import TrainConfig
 from ae_jax.data import Digits, Mnist
 from ae_jax.errors import UserError
-from ae_jax.files import write_arrays
+from ae_jax.files import keep_arrays
 from ae_jax.models.dense import Autoencoder
 from ae_jax.models.made import Made
 from ae_jax.models.variational import Variational
@@ -171,8 +170,8 @@ def keep_run(
 ) -> dict[str, Any]:
     """A run's nats of each test image, and samples; kept, so that this resumes too."""
     seed = run.config.train.seed
-    path = base.run_dir / "ways" / study.slug(name) / f"{seed}-{run.step}.npz"
-    if not path.exists():
+
+    def compute() -> dict[str, Any]:
         print(f"{name}, seed {seed}: samples …", flush=True)
         num = min(base.num_judged, len(dataset.test.images))
         found = {"samples": generation.sample(run, num, base.train.seed)}
@@ -180,17 +179,17 @@ def keep_run(
             print(f"{name}, seed {seed}: the likelihood of test images …", flush=True)
             asked = dataset.test.images, base.bound_samples, base.train.seed
             found["nats"] = generation.nats(run, *asked)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, found)
-    return read_arrays(path)
+        return found
+
+    folder = base.run_dir / "ways" / study.slug(name)
+    return keep_arrays(folder / f"{seed}-{run.step}.npz", compute)
 
 
 def keep_mixture(base: Generate, dataset: data.Dataset) -> dict[str, Any]:
     """The same of the mixture of Bernoullis, and how many numbers it is."""
     from experiments import _generators
 
-    path = base.run_dir / "ways" / "mixture.npz"
-    if not path.exists():
+    def compute() -> dict[str, Any]:
         print(f"{MIXTURE} …", flush=True)
         seed, num = base.train.seed, min(base.num_judged, len(dataset.test.images))
         # The test images are those of every run, the others drawn by other seeds.
@@ -199,20 +198,13 @@ def keep_mixture(base: Generate, dataset: data.Dataset) -> dict[str, Any]:
             rows_of(part.images, (seed + other) % 2**32) for part, other in parts
         )
         mixture = _generators.fit_best_mixture(train, held_out, SIZES, seed)
-        found = {
+        return {
             "samples": mixture.sample(num, seed).reshape(num, *dataset.shape),
             "nats": mixture.nats(test),
             "parameters": np.array(mixture.num_params),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_arrays(path, found)
-    return read_arrays(path)
 
-
-def read_arrays(path: Path) -> dict[str, Any]:
-    """What :func:`write_arrays` wrote."""
-    with np.load(path) as file:
-        return dict(file)
+    return keep_arrays(base.run_dir / "ways" / "mixture.npz", compute)
 
 
 def rows_of(images: Any, seed: int) -> Float[np.ndarray, "N D"]:
